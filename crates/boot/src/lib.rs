@@ -1,0 +1,1 @@
+//! Loaders, ACPI, SMBIOS.

@@ -1,0 +1,1 @@
+//! The chipset: pure state machines.

@@ -1,0 +1,258 @@
+//! The contract that every way of running a CPU satisfies.
+//!
+//! A back end (the software CPU, Linux KVM) is reached in three steps: [`Hypervisor::probe`] says whether and how
+//! well it works here, [`Hypervisor::create_vm`] binds guest memory, [`Vm::create_vcpu`] makes processors. A vCPU
+//! runs itself on the thread that calls [`Vcpu::run`] and calls back through [`VcpuIo`] for what it cannot do
+//! alone. No back end's exit codes cross this contract.
+//!
+//! The room also holds what machine and devices share with a back end: interrupt lines and message-signalled
+//! interrupts ([`irq`]), typed processor state ([`state`]), and the CPUID policy ([`cpuid`]).
+
+pub mod cpuid;
+pub mod irq;
+pub mod state;
+
+use std::sync::Arc;
+
+use skep_memory::GuestMemory;
+
+use crate::state::{CpuState, StateError, StateGroups};
+
+/// How a back end would run on this host.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Probe {
+    /// Short name: `software`, `kvm`.
+    pub name: &'static str,
+    /// True if guests can run at all.
+    pub available: bool,
+    /// Why it is (not) available, one sentence for a person.
+    pub reason: String,
+}
+
+/// Where the local APICs live.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ApicPlacement {
+    /// The machine supplies them: the vCPU asks through [`VcpuIo`].
+    Machine,
+    /// The back end has its own; the machine reaches them only through [`Vm::msi`].
+    BackEnd,
+}
+
+/// Settings that hold for every vCPU of a VM.
+#[derive(Debug, Clone)]
+pub struct VmOptions {
+    /// Number of vCPUs that will be created, 1 to 255.
+    pub vcpus: u32,
+    /// What CPUID shows (already filtered by policy).
+    pub cpuid: cpuid::CpuidTable,
+    /// Guest TSC frequency in Hz; `None` takes the host's.
+    pub tsc_hz: Option<u64>,
+}
+
+/// One way of running CPUs.
+pub trait Hypervisor {
+    /// Looks at the host without leaving anything behind.
+    fn probe(&self) -> Probe;
+    /// Creates a VM over `memory`. Nothing runs yet.
+    fn create_vm(&self, memory: GuestMemory, options: VmOptions) -> Result<Arc<dyn Vm>, HvError>;
+}
+
+/// A VM: guest memory as the back end sees it, and its vCPUs.
+pub trait Vm: Send + Sync {
+    /// Creates vCPU `id` (its APIC ID; 0 is the bootstrap processor) in its reset state, SDM vol. 3A §11.1.1.
+    fn create_vcpu(&self, id: u32) -> Result<Box<dyn Vcpu>, HvError>;
+    /// Who models the local APICs.
+    fn apic_placement(&self) -> ApicPlacement;
+    /// The sender of message-signalled interrupts, where the back end has the local APICs.
+    fn msi(&self) -> Option<Arc<dyn irq::MsiSender>>;
+    /// Tells the back end that the region layout of guest memory has changed (all vCPUs are out of the guest).
+    fn memory_changed(&self) -> Result<(), HvError>;
+    /// Brings the dirty log of guest memory up to date with every write that a vCPU has made so far, and makes
+    /// sure that later writes are logged again. Callable while vCPUs run.
+    fn sync_dirty_log(&self) -> Result<(), HvError>;
+    /// Asks for `line` to be signalled without leaving the guest when the guest writes `doorbell`. A back end that
+    /// has no such path says `false`, and the write reaches [`VcpuIo`] as any other.
+    fn attach_doorbell(&self, doorbell: Doorbell, event: Arc<dyn irq::Signal>) -> Result<bool, HvError>;
+    /// Frequency of the guest's TSC in Hz.
+    fn tsc_hz(&self) -> u64;
+}
+
+/// A guest write that stands for an event.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Doorbell {
+    /// Where: guest physical address or port.
+    pub address: IoAddress,
+    /// Width of the write in bytes (1, 2, 4, 8); 0 for any width.
+    pub width: u8,
+    /// Only this value counts, or any.
+    pub value: Option<u64>,
+}
+
+/// A place in one of the two I/O spaces.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum IoAddress {
+    /// Port I/O.
+    Port(u16),
+    /// Memory-mapped I/O at a guest physical address.
+    Memory(u64),
+}
+
+/// Stops [`Vcpu::run`] from any thread.
+pub trait Kick: Send + Sync {
+    /// Makes a current or the next `run` return [`RunEnd::Kicked`]. Never lost, never blocks.
+    fn kick(&self);
+    /// Makes a vCPU that runs or halts look at its interrupts again; `run` does not return.
+    fn wake(&self);
+}
+
+/// Why [`Vcpu::run`] came back.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum RunEnd {
+    /// [`Kick::kick`] was called, or [`VcpuIo`] answered [`IoFlow::Leave`]. State is at an instruction boundary.
+    Kicked,
+    /// HLT with interrupts disabled and nothing that could end it.
+    Halted,
+    /// Triple fault (SDM vol. 3A §6.15, interrupt 8): the vCPU is in shutdown.
+    TripleFault,
+    /// The back end cannot go on. The text is for a person, with the instruction pointer and bytes where known.
+    Failed(String),
+}
+
+/// One virtual processor.
+pub trait Vcpu: Send {
+    /// Runs until there is a reason to stop. `io` is called on this thread.
+    fn run(&mut self, io: &mut dyn VcpuIo) -> RunEnd;
+    /// A handle that stops or wakes this vCPU from elsewhere.
+    fn kicker(&self) -> Arc<dyn Kick>;
+    /// Reads the named groups of state. Only between runs.
+    fn get_state(&mut self, groups: StateGroups) -> Result<CpuState, StateError>;
+    /// Writes the groups that `state` holds. Only between runs.
+    fn set_state(&mut self, state: &CpuState) -> Result<(), StateError>;
+    /// Resets to the power-on state (INIT keeps more; see [`Vcpu::init`]).
+    fn reset(&mut self);
+    /// An INIT signal: as reset, but caches, FPU state and MTRRs stay (SDM vol. 3A table 11-1).
+    fn init(&mut self);
+    /// A start-up IPI: real mode at `vector << 12`.
+    fn start(&mut self, vector: u8);
+    /// Counters since creation.
+    fn stats(&self) -> VcpuStats;
+}
+
+/// What the machine answers to a vCPU's request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum IoFlow {
+    /// Go on in the guest.
+    Continue,
+    /// Finish this instruction, then return [`RunEnd::Kicked`].
+    Leave,
+}
+
+/// What a vCPU waits for after INIT, as its APIC tells it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Startup {
+    /// INIT arrived: reset and wait for a start-up IPI.
+    Init,
+    /// A start-up IPI arrived with this vector.
+    Sipi(u8),
+}
+
+/// The machine, as one vCPU's thread sees it. Every method is called on that thread.
+///
+/// `width` is 1, 2 or 4 bytes for ports and 1, 2, 4 or 8 for memory; wider or straddling guest accesses arrive in
+/// naturally aligned pieces, lowest address first.
+pub trait VcpuIo {
+    /// IN. Unclaimed ports read as all ones.
+    fn port_read(&mut self, port: u16, width: u8) -> u32;
+    /// OUT.
+    fn port_write(&mut self, port: u16, width: u8, value: u32) -> IoFlow;
+    /// A read of a guest physical address that no memory backs. Unclaimed addresses read as all ones.
+    fn memory_read(&mut self, gpa: u64, width: u8) -> u64;
+    /// A write to a guest physical address that no (writable) memory backs.
+    fn memory_write(&mut self, gpa: u64, width: u8, value: u64) -> IoFlow;
+
+    // The local APIC, for back ends with `ApicPlacement::Machine`.
+
+    /// What the local APIC has for the processor now. Cheap: called after every wake and whenever interrupts
+    /// become possible. Also the place where the APIC's timer is looked at.
+    fn interrupts(&mut self) -> Pending;
+    /// The processor takes the interrupt that [`Pending::vector`] announced: INTA. `None` if it has gone.
+    fn acknowledge(&mut self) -> Option<u8>;
+    /// The processor takes a pending NMI.
+    fn acknowledge_nmi(&mut self);
+    /// The processor acts on INIT or start-up.
+    fn acknowledge_startup(&mut self) -> Option<Startup>;
+    /// CR8, the task priority (bits 3:0).
+    fn cr8(&mut self) -> u8;
+    /// Writes CR8.
+    fn set_cr8(&mut self, value: u8);
+    /// IA32_APIC_BASE and the x2APIC MSRs (0x800 to 0x8ff), and IA32_TSC_DEADLINE (0x6e0). `None`: #GP(0).
+    fn apic_msr_read(&mut self, msr: u32) -> Option<u64>;
+    /// As above, write. `tsc` values are guest TSC values. `None`: #GP(0).
+    fn apic_msr_write(&mut self, msr: u32, value: u64) -> Option<IoFlow>;
+    /// Sends a fixed, lowest-priority or NMI IPI to the APIC IDs in `targets` (paravirtual send-IPI hypercall).
+    fn send_ipis(&mut self, icr: u64, targets: &mut dyn Iterator<Item = u32>);
+}
+
+/// What waits at a local APIC, in the order of priority in which a processor looks at it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Pending {
+    /// INIT or start-up.
+    pub startup: bool,
+    /// A non-maskable interrupt.
+    pub nmi: bool,
+    /// A maskable interrupt that the task priority lets through (ExtINT included).
+    pub maskable: bool,
+    /// Host time in ns (monotonic, [`monotonic_ns`]) at which to look again at the latest; `u64::MAX` for never.
+    pub next_ns: u64,
+}
+
+/// Host monotonic time in ns: the one clock that devices and back ends share.
+pub fn monotonic_ns() -> u64 {
+    use std::sync::OnceLock;
+    use std::time::Instant;
+    static START: OnceLock<Instant> = OnceLock::new();
+    START.get_or_init(Instant::now).elapsed().as_nanos() as u64
+}
+
+/// Counters of one vCPU.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct VcpuStats {
+    /// Guest instructions retired, where the back end can count them, else 0.
+    pub instructions: u64,
+    /// Port reads and writes.
+    pub port_io: u64,
+    /// Memory-mapped reads and writes.
+    pub memory_io: u64,
+    /// Interrupts delivered, NMIs included.
+    pub interrupts: u64,
+    /// Exceptions delivered.
+    pub exceptions: u64,
+    /// Times the vCPU halted.
+    pub halts: u64,
+    /// Time spent halted, ns.
+    pub halted_ns: u64,
+    /// Blocks decoded or translated.
+    pub blocks: u64,
+    /// Soft-TLB misses.
+    pub tlb_misses: u64,
+}
+
+/// A back end's refusal or failure.
+#[derive(Debug, thiserror::Error)]
+pub enum HvError {
+    /// The host cannot do this; the text names the remedy.
+    #[error("{0}")]
+    Unsupported(String),
+    /// An operating-system call failed.
+    #[error("{what}: {source}")]
+    Os {
+        /// What was tried.
+        what: &'static str,
+        /// The error.
+        source: std::io::Error,
+    },
+    /// The request makes no sense to this back end.
+    #[error("{0}")]
+    Invalid(String),
+}

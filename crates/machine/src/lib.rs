@@ -1,0 +1,1 @@
+//! Assembly of a machine from its specification.

@@ -1,0 +1,176 @@
+//! Raw access to one page's bytes, and the per-page books: dirty bits, watches and versions.
+#![expect(unsafe_code, reason = "guest memory is reached through raw pointers, never through references")]
+
+use std::ptr::NonNull;
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
+
+/// Bytes that one bit of a page's watch mask stands for.
+pub const WATCH_GRANULE: u64 = crate::PAGE_SIZE / 64;
+
+/// The host side of one guest page, for a back end's soft TLB. Valid while the [`crate::GuestMemory`] it came from lives.
+#[derive(Debug, Clone, Copy)]
+pub struct HostPage {
+    /// First byte of the page in this process.
+    pub host: NonNull<u8>,
+    /// Number of the page in the books ([`crate::GuestMemory::watch`] and friends).
+    pub index: usize,
+    /// False for read-only regions.
+    pub writable: bool,
+}
+
+/// Books kept per page of backing store.
+pub(crate) struct Books {
+    watch: Box<[AtomicU64]>,
+    version: Box<[AtomicU32]>,
+    dirty: Box<[AtomicU64]>,
+    logging: AtomicBool,
+}
+
+impl Books {
+    pub(crate) fn new(pages: usize) -> Self {
+        Self {
+            watch: zeroed(pages),
+            version: zeroed(pages),
+            dirty: zeroed(pages.div_ceil(64)),
+            logging: AtomicBool::new(false),
+        }
+    }
+
+    pub(crate) fn watch(&self, page: usize) -> &AtomicU64 {
+        &self.watch[page]
+    }
+
+    pub(crate) fn version(&self, page: usize) -> &AtomicU32 {
+        &self.version[page]
+    }
+
+    pub(crate) fn logging(&self) -> bool {
+        self.logging.load(Ordering::SeqCst)
+    }
+
+    pub(crate) fn set_logging(&self, on: bool) {
+        self.logging.store(on, Ordering::SeqCst);
+    }
+
+    pub(crate) fn mark_dirty(&self, page: usize) {
+        self.dirty[page / 64].fetch_or(1 << (page % 64), Ordering::Relaxed);
+    }
+
+    /// Reads and clears 64 pages' dirty bits.
+    pub(crate) fn take_dirty(&self, word: usize) -> u64 {
+        self.dirty[word].swap(0, Ordering::Relaxed)
+    }
+
+    pub(crate) fn dirty_words(&self) -> usize {
+        self.dirty.len()
+    }
+
+    /// After bytes `offset..offset+len` of a page were written: logs, and retires decoded code that was there.
+    pub(crate) fn written(&self, page: usize, offset: u64, len: u64) {
+        if self.logging.load(Ordering::Relaxed) {
+            self.mark_dirty(page);
+        }
+        let watch = &self.watch[page];
+        if watch.load(Ordering::SeqCst) & mask(offset, len) != 0 {
+            watch.store(0, Ordering::SeqCst);
+            self.version[page].fetch_add(1, Ordering::SeqCst);
+        }
+    }
+}
+
+/// Watch bits for `len` bytes at `offset` of a page.
+pub(crate) fn mask(offset: u64, len: u64) -> u64 {
+    if len == 0 {
+        return 0;
+    }
+    let first = (offset / WATCH_GRANULE).min(63);
+    let last = ((offset + len - 1) / WATCH_GRANULE).min(63);
+    (u64::MAX >> (63 - (last - first))) << first
+}
+
+/// A zeroed slice of atomics from untouched (lazily backed) memory.
+fn zeroed<T: Default>(len: usize) -> Box<[T]>
+where
+    T: Zeroable,
+{
+    // SAFETY: `Zeroable` types are plain atomics, for which all-zero bytes are a valid value.
+    unsafe { Box::<[T]>::new_zeroed_slice(len).assume_init() }
+}
+
+trait Zeroable {}
+impl Zeroable for AtomicU64 {}
+impl Zeroable for AtomicU32 {}
+
+/// Copies out of guest memory. Each naturally aligned piece of up to 8 bytes is read whole.
+///
+/// # Safety
+/// `from..from+into.len()` lies in a live mapping.
+pub(crate) unsafe fn copy_out(from: *const u8, into: &mut [u8]) {
+    // SAFETY: the caller vouches for the range; racing guest writes give torn data, never undefined values, as the
+    // compiler cannot look through a volatile-equivalent intrinsic copy of raw bytes.
+    unsafe { bulk(from, into.as_mut_ptr(), into.len()) }
+}
+
+/// Copies into guest memory.
+///
+/// # Safety
+/// `to..to+from.len()` lies in a live writable mapping.
+pub(crate) unsafe fn copy_in(to: *mut u8, from: &[u8]) {
+    // SAFETY: as in `copy_out`.
+    unsafe { bulk(from.as_ptr(), to, from.len()) }
+}
+
+/// The one byte mover. `rep movsb` is opaque to the compiler, so racing accesses stay what the processor makes of them.
+///
+/// # Safety
+/// Both ranges are valid for `len` bytes.
+unsafe fn bulk(from: *const u8, to: *mut u8, len: usize) {
+    // SAFETY: the caller vouches for both ranges; the direction flag is clear by the ABI.
+    unsafe {
+        std::arch::asm!("rep movsb", inout("rcx") len => _, inout("rsi") from => _, inout("rdi") to => _, options(nostack, preserves_flags));
+    }
+}
+
+macro_rules! atomic_access {
+    ($($load:ident, $store:ident, $cas:ident, $int:ty, $atomic:ty;)*) => {$(
+        /// # Safety
+        /// `at` is aligned and lies in a live mapping.
+        pub(crate) unsafe fn $load(at: *const u8) -> $int {
+            // SAFETY: alignment and validity are the caller's; atomics tolerate racing access.
+            unsafe { <$atomic>::from_ptr(at.cast_mut().cast()) }.load(Ordering::SeqCst)
+        }
+        /// # Safety
+        /// `at` is aligned and lies in a live writable mapping.
+        pub(crate) unsafe fn $store(at: *mut u8, value: $int) {
+            // SAFETY: as above.
+            unsafe { <$atomic>::from_ptr(at.cast()) }.store(value, Ordering::SeqCst)
+        }
+        /// # Safety
+        /// `at` is aligned and lies in a live writable mapping.
+        pub(crate) unsafe fn $cas(at: *mut u8, old: $int, new: $int) -> Result<$int, $int> {
+            // SAFETY: as above.
+            unsafe { <$atomic>::from_ptr(at.cast()) }.compare_exchange(old, new, Ordering::SeqCst, Ordering::SeqCst)
+        }
+    )*};
+}
+
+atomic_access! {
+    load_u8, store_u8, cas_u8, u8, AtomicU8;
+    load_u16, store_u16, cas_u16, u16, AtomicU16;
+    load_u32, store_u32, cas_u32, u32, AtomicU32;
+    load_u64, store_u64, cas_u64, u64, AtomicU64;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::mask;
+
+    #[test]
+    fn a_mask_covers_exactly_the_granules_touched() {
+        assert_eq!(mask(0, 1), 1);
+        assert_eq!(mask(63, 2), 3);
+        assert_eq!(mask(4095, 1), 1 << 63);
+        assert_eq!(mask(0, 4096), u64::MAX);
+        assert_eq!(mask(128, 0), 0);
+    }
+}

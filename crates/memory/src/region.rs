@@ -1,0 +1,456 @@
+//! The region list and everything that is done through it.
+#![expect(unsafe_code, reason = "turns checked guest addresses into host pointers")]
+
+use std::fs::File;
+use std::ptr::NonNull;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, AtomicU64};
+
+use crate::map::Mapping;
+use crate::pages::{self, Books, HostPage};
+use crate::{MemoryError, PAGE_SIZE};
+
+/// What a region is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RegionKind {
+    /// Readable and writable by guest and devices.
+    Ram,
+    /// Readable; writes by guest and devices are refused. The machine fills it through [`GuestMemory::load_rom`].
+    Rom,
+}
+
+/// A region to be made. Start and size are multiples of [`PAGE_SIZE`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RegionSpec {
+    /// First guest physical address.
+    pub start: u64,
+    /// Size in bytes, not zero.
+    pub size: u64,
+    /// Kind.
+    pub kind: RegionKind,
+}
+
+/// A region as made, for back ends that map it (KVM memory slots).
+#[derive(Debug, Clone, Copy)]
+pub struct RegionInfo {
+    /// First guest physical address.
+    pub start: u64,
+    /// Size in bytes.
+    pub size: u64,
+    /// Kind.
+    pub kind: RegionKind,
+    /// Where it is mapped in this process.
+    pub host: NonNull<u8>,
+    /// Offset of its first byte in the memfd.
+    pub offset: u64,
+}
+
+struct Region {
+    start: u64,
+    size: u64,
+    kind: RegionKind,
+    offset: u64,
+}
+
+struct Inner {
+    regions: Vec<Region>,
+    books: Books,
+    map: Mapping,
+}
+
+/// All memory of one VM. Clones share it; the last one gives it back to the host.
+#[derive(Clone)]
+pub struct GuestMemory(Arc<Inner>);
+
+impl std::fmt::Debug for GuestMemory {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_list().entries(self.regions().map(|r| (r.start, r.size, r.kind))).finish()
+    }
+}
+
+/// A piece of an access that lies in one page.
+struct Piece {
+    page: HostPage,
+    offset: u64,
+    len: usize,
+}
+
+impl GuestMemory {
+    /// Allocates the regions, zeroed. Host memory is taken only when touched.
+    pub fn new(specs: &[RegionSpec]) -> Result<Self, MemoryError> {
+        let mut regions: Vec<Region> = Vec::with_capacity(specs.len());
+        let mut sorted = specs.to_vec();
+        sorted.sort_by_key(|s| s.start);
+        let mut offset = 0u64;
+        for spec in &sorted {
+            let bad = |why| MemoryError::Layout { start: spec.start, size: spec.size, why };
+            if spec.size == 0 {
+                return Err(bad("a region cannot be empty"));
+            }
+            if spec.start % PAGE_SIZE != 0 || spec.size % PAGE_SIZE != 0 {
+                return Err(bad("start and size must be multiples of 4096"));
+            }
+            if spec.start.checked_add(spec.size).is_none_or(|end| end > 1 << 52) {
+                return Err(bad("it ends beyond the 52-bit physical address space"));
+            }
+            if regions.last().is_some_and(|r| r.start + r.size > spec.start) {
+                return Err(bad("it overlaps another region"));
+            }
+            regions.push(Region { start: spec.start, size: spec.size, kind: spec.kind, offset });
+            offset += spec.size;
+        }
+        if regions.is_empty() {
+            return Err(MemoryError::Layout { start: 0, size: 0, why: "there must be at least one region" });
+        }
+        let map = Mapping::new(offset)?;
+        let books = Books::new((offset / PAGE_SIZE) as usize);
+        Ok(Self(Arc::new(Inner { regions, books, map })))
+    }
+
+    /// The regions in address order.
+    pub fn regions(&self) -> impl Iterator<Item = RegionInfo> + '_ {
+        self.0.regions.iter().map(|r| RegionInfo {
+            start: r.start,
+            size: r.size,
+            kind: r.kind,
+            host: self.host(r.offset),
+            offset: r.offset,
+        })
+    }
+
+    /// The memfd behind all regions, to be shared with another process.
+    pub fn file(&self) -> &File {
+        self.0.map.file()
+    }
+
+    fn host(&self, offset: u64) -> NonNull<u8> {
+        // SAFETY: offsets come from the region list, whose sum is the mapping's length.
+        unsafe { self.0.map.base().add(offset as usize) }
+    }
+
+    fn region(&self, gpa: u64) -> Option<&Region> {
+        let at = self.0.regions.partition_point(|r| r.start <= gpa);
+        self.0.regions[..at].last().filter(|r| gpa - r.start < r.size)
+    }
+
+    /// The page that holds `gpa`, if memory backs it.
+    pub fn page(&self, gpa: u64) -> Option<HostPage> {
+        let region = self.region(gpa)?;
+        let offset = region.offset + ((gpa & !(PAGE_SIZE - 1)) - region.start);
+        Some(HostPage {
+            host: self.host(offset),
+            index: (offset / PAGE_SIZE) as usize,
+            writable: region.kind == RegionKind::Ram,
+        })
+    }
+
+    /// Splits a range into pages, checking all of it before anything is touched.
+    fn pieces(
+        &self,
+        gpa: u64,
+        len: usize,
+        write: bool,
+    ) -> Result<impl Iterator<Item = Piece> + '_, MemoryError> {
+        let unbacked = || MemoryError::Unbacked { gpa, len: len as u64 };
+        let end = gpa.checked_add(len as u64).ok_or_else(unbacked)?;
+        let mut at = gpa;
+        while at < end {
+            let region = self.region(at).ok_or_else(unbacked)?;
+            if write && region.kind == RegionKind::Rom {
+                return Err(MemoryError::ReadOnly { gpa, len: len as u64 });
+            }
+            at = region.start + region.size;
+        }
+        let mut at = gpa;
+        Ok(std::iter::from_fn(move || {
+            (at < end).then_some(())?;
+            let page = self.page(at)?;
+            let offset = at % PAGE_SIZE;
+            let len = (PAGE_SIZE - offset).min(end - at);
+            at += len;
+            Some(Piece { page, offset, len: len as usize })
+        }))
+    }
+
+    /// Copies `into.len()` bytes at `gpa` out of guest memory. Nothing is copied on error.
+    pub fn read(&self, gpa: u64, into: &mut [u8]) -> Result<(), MemoryError> {
+        let mut done = 0;
+        for piece in self.pieces(gpa, into.len(), false)? {
+            // SAFETY: `pieces` checked that the range is in the mapping.
+            unsafe {
+                let from = piece.page.host.add(piece.offset as usize).as_ptr();
+                pages::copy_out(from, &mut into[done..done + piece.len]);
+            }
+            done += piece.len;
+        }
+        Ok(())
+    }
+
+    /// Copies `from` into guest memory at `gpa`. Nothing is copied on error. Marks dirty, honours watches.
+    pub fn write(&self, gpa: u64, from: &[u8]) -> Result<(), MemoryError> {
+        let pieces = self.pieces(gpa, from.len(), true)?;
+        self.store(pieces, from);
+        Ok(())
+    }
+
+    /// As [`GuestMemory::write`], but reaches read-only regions: how the machine fills a ROM.
+    pub fn load_rom(&self, gpa: u64, from: &[u8]) -> Result<(), MemoryError> {
+        let pieces = self.pieces(gpa, from.len(), false)?;
+        self.store(pieces, from);
+        Ok(())
+    }
+
+    fn store(&self, pieces: impl Iterator<Item = Piece>, from: &[u8]) {
+        let mut done = 0;
+        for piece in pieces {
+            // SAFETY: `pieces` checked that the range is in the mapping, which is writable for us throughout.
+            unsafe {
+                let to = piece.page.host.add(piece.offset as usize).as_ptr();
+                pages::copy_in(to, &from[done..done + piece.len]);
+            }
+            self.0.books.written(piece.page.index, piece.offset, piece.len as u64);
+            done += piece.len;
+        }
+    }
+
+    /// Reads `N` bytes.
+    pub fn read_array<const N: usize>(&self, gpa: u64) -> Result<[u8; N], MemoryError> {
+        let mut bytes = [0; N];
+        self.read(gpa, &mut bytes)?;
+        Ok(bytes)
+    }
+
+    /// Zeroes a range; whole pages are given back to the host.
+    pub fn zero(&self, gpa: u64, len: u64) -> Result<(), MemoryError> {
+        let len = usize::try_from(len).map_err(|_| MemoryError::Unbacked { gpa, len })?;
+        let zeros = [0; PAGE_SIZE as usize];
+        for piece in self.pieces(gpa, len, true)? {
+            let whole = piece.len as u64 == PAGE_SIZE;
+            let offset = piece.page.index as u64 * PAGE_SIZE;
+            if !(whole && self.0.map.punch(offset, PAGE_SIZE).is_ok()) {
+                // SAFETY: `pieces` checked that the range is in the mapping.
+                unsafe {
+                    pages::copy_in(piece.page.host.add(piece.offset as usize).as_ptr(), &zeros[..piece.len]);
+                }
+            }
+            self.0.books.written(piece.page.index, piece.offset, piece.len as u64);
+        }
+        Ok(())
+    }
+
+    /// The watch mask of a page (by [`HostPage::index`]): one bit per [`crate::WATCH_GRANULE`] bytes that hold decoded
+    /// code. A write to a watched granule clears the mask and raises [`GuestMemory::version`].
+    pub fn watch(&self, page: usize) -> &AtomicU64 {
+        self.0.books.watch(page)
+    }
+
+    /// Counts how often watched code on a page was overwritten.
+    pub fn version(&self, page: usize) -> &AtomicU32 {
+        self.0.books.version(page)
+    }
+
+    /// Watch bits for `len` bytes at `offset` within a page (ranges that leave the page count to its end).
+    pub fn watch_mask(offset: u64, len: u64) -> u64 {
+        pages::mask(offset, len)
+    }
+
+    /// To be called by a back end after it wrote to a page by itself: dirty log and watch.
+    pub fn written(&self, page: usize, offset: u64, len: u64) {
+        self.0.books.written(page, offset, len);
+    }
+
+    /// Starts or stops the dirty log. Back ends must be told ([`GuestMemory::dirty_logging`] is what they ask) by a
+    /// sync of theirs before the log is complete.
+    pub fn set_dirty_logging(&self, on: bool) {
+        self.0.books.set_logging(on);
+    }
+
+    /// Whether writes are logged.
+    pub fn dirty_logging(&self) -> bool {
+        self.0.books.logging()
+    }
+
+    /// Marks one page (by index) dirty.
+    pub fn mark_dirty(&self, page: usize) {
+        self.0.books.mark_dirty(page);
+    }
+
+    /// Takes and clears the dirty log: guest physical addresses of dirty pages, ascending within each region.
+    pub fn take_dirty(&self) -> Vec<u64> {
+        let mut dirty = Vec::new();
+        for word in 0..self.0.books.dirty_words() {
+            let mut bits = self.0.books.take_dirty(word);
+            while bits != 0 {
+                let offset = (word as u64 * 64 + u64::from(bits.trailing_zeros())) * PAGE_SIZE;
+                bits &= bits - 1;
+                if let Some(r) =
+                    self.0.regions.iter().find(|r| offset >= r.offset && offset - r.offset < r.size)
+                {
+                    dirty.push(r.start + (offset - r.offset));
+                }
+            }
+        }
+        dirty
+    }
+}
+
+macro_rules! typed {
+    ($($read:ident, $write:ident, $load:ident, $store:ident, $cas:ident, $int:ty, $raw_load:ident, $raw_store:ident, $raw_cas:ident;)*) => {
+        impl GuestMemory {$(
+            /// Reads a little-endian integer, any alignment.
+            pub fn $read(&self, gpa: u64) -> Result<$int, MemoryError> {
+                Ok(<$int>::from_le_bytes(self.read_array(gpa)?))
+            }
+            /// Writes a little-endian integer, any alignment.
+            pub fn $write(&self, gpa: u64, value: $int) -> Result<(), MemoryError> {
+                self.write(gpa, &value.to_le_bytes())
+            }
+            /// Atomic load (sequentially consistent), naturally aligned.
+            pub fn $load(&self, gpa: u64) -> Result<$int, MemoryError> {
+                let at = self.aligned(gpa, size_of::<$int>(), false)?.0;
+                // SAFETY: `aligned` checked range and alignment.
+                Ok(unsafe { pages::$raw_load(at.as_ptr()) })
+            }
+            /// Atomic store (sequentially consistent), naturally aligned.
+            pub fn $store(&self, gpa: u64, value: $int) -> Result<(), MemoryError> {
+                let (at, page) = self.aligned(gpa, size_of::<$int>(), true)?;
+                // SAFETY: `aligned` checked range and alignment.
+                unsafe { pages::$raw_store(at.as_ptr(), value) };
+                self.0.books.written(page, gpa % PAGE_SIZE, size_of::<$int>() as u64);
+                Ok(())
+            }
+            /// Atomic compare-and-exchange, naturally aligned: `Ok(Ok(old))` if exchanged, `Ok(Err(found))` if not.
+            pub fn $cas(&self, gpa: u64, old: $int, new: $int) -> Result<Result<$int, $int>, MemoryError> {
+                let (at, page) = self.aligned(gpa, size_of::<$int>(), true)?;
+                // SAFETY: `aligned` checked range and alignment.
+                let result = unsafe { pages::$raw_cas(at.as_ptr(), old, new) };
+                if result.is_ok() {
+                    self.0.books.written(page, gpa % PAGE_SIZE, size_of::<$int>() as u64);
+                }
+                Ok(result)
+            }
+        )*}
+    };
+}
+
+typed! {
+    read_u8, write_u8, load_u8, store_u8, compare_exchange_u8, u8, load_u8, store_u8, cas_u8;
+    read_u16, write_u16, load_u16, store_u16, compare_exchange_u16, u16, load_u16, store_u16, cas_u16;
+    read_u32, write_u32, load_u32, store_u32, compare_exchange_u32, u32, load_u32, store_u32, cas_u32;
+    read_u64, write_u64, load_u64, store_u64, compare_exchange_u64, u64, load_u64, store_u64, cas_u64;
+}
+
+impl GuestMemory {
+    fn aligned(&self, gpa: u64, size: usize, write: bool) -> Result<(NonNull<u8>, usize), MemoryError> {
+        if gpa % size as u64 != 0 {
+            return Err(MemoryError::Misaligned(gpa));
+        }
+        let page = self.page(gpa).ok_or(MemoryError::Unbacked { gpa, len: size as u64 })?;
+        if write && !page.writable {
+            return Err(MemoryError::ReadOnly { gpa, len: size as u64 });
+        }
+        // SAFETY: the offset lies within the page.
+        Ok((unsafe { page.host.add((gpa % PAGE_SIZE) as usize) }, page.index))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::Ordering;
+
+    use super::*;
+
+    fn memory() -> GuestMemory {
+        let ram = |start, size| RegionSpec { start, size, kind: RegionKind::Ram };
+        GuestMemory::new(&[
+            ram(0x10_0000, 0x2000),
+            ram(0, 0x2000),
+            ram(0x2000, 0x1000),
+            RegionSpec { start: 0xffff_f000, size: 0x1000, kind: RegionKind::Rom },
+        ])
+        .unwrap()
+    }
+
+    #[test]
+    fn copies_cross_pages_and_touching_regions_but_not_holes() {
+        let m = memory();
+        let data: Vec<u8> = (0..0x1800u32).map(|i| i as u8).collect();
+        m.write(0x1000, &data).unwrap();
+        let mut back = vec![0; data.len()];
+        m.read(0x1000, &mut back).unwrap();
+        assert_eq!(back, data);
+        assert!(matches!(m.write(0x2fff, &[1, 2]), Err(MemoryError::Unbacked { .. })));
+        assert_eq!(m.read_u8(0x2fff).unwrap(), 0, "nothing is written on error");
+        assert!(m.read_u8(u64::MAX).is_err());
+        assert!(m.read(u64::MAX, &mut [0; 2]).is_err());
+        m.read(0x3000, &mut []).unwrap();
+    }
+
+    #[test]
+    fn rom_is_read_only_but_for_the_loader() {
+        let m = memory();
+        assert!(matches!(m.write_u8(0xffff_fff0, 1), Err(MemoryError::ReadOnly { .. })));
+        assert!(matches!(m.store_u32(0xffff_fff0, 1), Err(MemoryError::ReadOnly { .. })));
+        m.load_rom(0xffff_fff0, &[0xea]).unwrap();
+        assert_eq!(m.read_u8(0xffff_fff0).unwrap(), 0xea);
+    }
+
+    #[test]
+    fn atomics_want_alignment() {
+        let m = memory();
+        m.store_u64(8, 5).unwrap();
+        assert_eq!(m.compare_exchange_u64(8, 5, 6).unwrap(), Ok(5));
+        assert_eq!(m.compare_exchange_u64(8, 5, 7).unwrap(), Err(6));
+        assert_eq!(m.load_u64(8).unwrap(), 6);
+        assert!(matches!(m.load_u32(2), Err(MemoryError::Misaligned(2))));
+    }
+
+    #[test]
+    fn the_dirty_log_names_each_page_once() {
+        let m = memory();
+        m.write_u8(0x10, 1).unwrap();
+        assert!(m.take_dirty().is_empty(), "off by default");
+        m.set_dirty_logging(true);
+        m.write(0x1fff, &[1, 2]).unwrap();
+        m.store_u8(0x10_0000, 1).unwrap();
+        assert_eq!(m.take_dirty(), [0x1000, 0x2000, 0x10_0000]);
+        assert!(m.take_dirty().is_empty());
+    }
+
+    #[test]
+    fn a_write_to_watched_bytes_raises_the_version() {
+        let m = memory();
+        let page = m.page(0x1000).unwrap().index;
+        m.watch(page).store(GuestMemory::watch_mask(0x80, 16), Ordering::SeqCst);
+        m.write_u32(0x1000, 1).unwrap();
+        assert_eq!(m.version(page).load(Ordering::SeqCst), 0);
+        m.write_u32(0x107e, 1).unwrap();
+        assert_eq!(m.version(page).load(Ordering::SeqCst), 1);
+        assert_eq!(m.watch(page).load(Ordering::SeqCst), 0);
+    }
+
+    #[test]
+    fn zero_gives_whole_pages_back() {
+        let m = memory();
+        m.write(0, &[7; 0x3000]).unwrap();
+        m.zero(0x800, 0x2000).unwrap();
+        let mut back = vec![0; 0x3000];
+        m.read(0, &mut back).unwrap();
+        assert!(back[..0x800].iter().chain(&back[0x2800..]).all(|&b| b == 7));
+        assert!(back[0x800..0x2800].iter().all(|&b| b == 0));
+    }
+
+    #[test]
+    fn bad_layouts_are_refused() {
+        let one = |start, size| GuestMemory::new(&[RegionSpec { start, size, kind: RegionKind::Ram }]);
+        assert!(one(0, 0).is_err());
+        assert!(one(1, 4096).is_err());
+        assert!(one(0, 100).is_err());
+        assert!(one(1 << 52, 4096).is_err());
+        assert!(one(u64::MAX - 4095, 4096).is_err());
+        assert!(GuestMemory::new(&[]).is_err());
+        let twice = RegionSpec { start: 0, size: 8192, kind: RegionKind::Ram };
+        assert!(GuestMemory::new(&[twice, RegionSpec { start: 4096, ..twice }]).is_err());
+        assert!(one(0, 1 << 51).is_err(), "2 PiB do not fit");
+    }
+}
