@@ -89,10 +89,7 @@ pub(crate) fn mask(offset: u64, len: u64) -> u64 {
 }
 
 /// A zeroed slice of atomics from untouched (lazily backed) memory.
-fn zeroed<T: Default>(len: usize) -> Box<[T]>
-where
-    T: Zeroable,
-{
+fn zeroed<T: Zeroable>(len: usize) -> Box<[T]> {
     // SAFETY: `Zeroable` types are plain atomics, for which all-zero bytes are a valid value.
     unsafe { Box::<[T]>::new_zeroed_slice(len).assume_init() }
 }

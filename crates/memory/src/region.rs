@@ -87,7 +87,7 @@ impl GuestMemory {
             if spec.size == 0 {
                 return Err(bad("a region cannot be empty"));
             }
-            if spec.start % PAGE_SIZE != 0 || spec.size % PAGE_SIZE != 0 {
+            if !(spec.start | spec.size).is_multiple_of(PAGE_SIZE) {
                 return Err(bad("start and size must be multiples of 4096"));
             }
             if spec.start.checked_add(spec.size).is_none_or(|end| end > 1 << 52) {
@@ -342,7 +342,7 @@ typed! {
 
 impl GuestMemory {
     fn aligned(&self, gpa: u64, size: usize, write: bool) -> Result<(NonNull<u8>, usize), MemoryError> {
-        if gpa % size as u64 != 0 {
+        if !gpa.is_multiple_of(size as u64) {
             return Err(MemoryError::Misaligned(gpa));
         }
         let page = self.page(gpa).ok_or(MemoryError::Unbacked { gpa, len: size as u64 })?;
