@@ -1,0 +1,49 @@
+// One boot in a process of its own, timed from the start of the process.
+import { spawn } from 'node:child_process'
+import { readFileSync } from 'node:fs'
+
+const TICKS_PER_SECOND = 100
+
+/** CPU time of a process in ms, user and system, all threads. */
+function cpuTime(pid) {
+  const fields = readFileSync(`/proc/${pid}/stat`, 'utf8').split(') ').at(-1).split(' ')
+  return ((Number(fields[11]) + Number(fields[12])) * 1000) / TICKS_PER_SECOND
+}
+
+/**
+ * Starts a program whose stdout is the guest's serial console and waits until `marker` shows.
+ * @param {string} command
+ * @param {string[]} args
+ * @param {{ marker: RegExp, timeout: number }} options timeout in ms
+ * @returns {Promise<{ wallMs: number, cpuMs: number, report?: unknown }>} `report` is what a program prints as JSON on
+ *   its third descriptor once it is told to end (SIGTERM)
+ */
+export function trial(command, args, { marker, timeout }) {
+  return new Promise((resolve, reject) => {
+    const started = performance.now()
+    const child = spawn(command, args, { stdio: ['ignore', 'pipe', 'pipe', 'pipe'] })
+    let text = ''
+    let errors = ''
+    let report = ''
+    let result
+    const timer = setTimeout(() => child.kill('SIGKILL'), timeout)
+    child.stdout.setEncoding('latin1').on('data', (chunk) => {
+      text += chunk
+      if (result || !marker.test(text)) return
+      result = { wallMs: performance.now() - started, cpuMs: cpuTime(child.pid) }
+      child.kill('SIGTERM')
+    })
+    child.stderr.setEncoding('utf8').on('data', (chunk) => {
+      errors += chunk
+    })
+    child.stdio[3].setEncoding('utf8').on('data', (chunk) => {
+      report += chunk
+    })
+    child.once('error', reject)
+    child.once('close', (code, signal) => {
+      clearTimeout(timer)
+      if (result) resolve(report ? { ...result, report: JSON.parse(report) } : result)
+      else reject(new Error(`${command} did not reach ${marker} (status ${code ?? signal}):\n${errors}\n${text.slice(-2000)}`))
+    })
+  })
+}
