@@ -1,1 +1,29 @@
-//! The software CPU.
+//! The software CPU: x86-64 processors for hosts without hardware virtualization.
+//!
+//! This room holds the interpreter: the reference that every faster tier is compared with, the cold path, and the
+//! path for modes no translator cares about. An instruction goes one way through the room:
+//!
+//! * [`decode`] turns bytes into [`op::Op`]s, once, and [`block`] keeps them by guest physical address;
+//! * [`exec`] holds one module per family of the integer instruction set, each a table from mnemonic to handler;
+//! * [`system`] is everything privileged: descriptors, control transfers, exceptions, MSRs, the paravirtual interface;
+//! * [`native`] runs x87, SSE, AVX and the rarer integer instructions, re-encoded, on the host's own units;
+//! * [`mmu`] is the only way to memory, [`fault`] the only way to an exception;
+//! * [`run`] is the loop around them, [`vm`] what the machine sees.
+//!
+//! The processor's state is [`cpu::Cpu`]; nothing in it is shared but guest memory and [`vm::Shared`].
+
+pub(crate) mod alu;
+pub(crate) mod block;
+pub(crate) mod cpu;
+pub(crate) mod decode;
+pub(crate) mod exec;
+pub(crate) mod fault;
+pub(crate) mod mmu;
+pub(crate) mod native;
+pub(crate) mod op;
+pub(crate) mod regs;
+pub(crate) mod run;
+pub(crate) mod system;
+pub(crate) mod vm;
+
+pub use vm::Software;

@@ -1,0 +1,31 @@
+//! The only way to guest memory: linear address → soft TLB → host page, with a walk of the guest's page tables and
+//! the I/O path behind it.
+
+mod access;
+mod tlb;
+mod walk;
+
+pub(crate) use tlb::{Code, Context, Tlb};
+
+/// What an access wants.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Access {
+    /// Data read.
+    Read,
+    /// Data write (or read-modify-write).
+    Write,
+    /// Instruction fetch.
+    Fetch,
+}
+
+/// The result of a walk: where one 4 KiB page of linear address space lies, and what may be done with it later
+/// without another walk, at the privilege that was asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Translation {
+    /// Guest physical address of the 4 KiB page.
+    pub(crate) gpa: u64,
+    /// Writes are allowed and the dirty bit is set already.
+    pub(crate) writable: bool,
+    /// log2 of the size of the page that maps it: 12, 21, 22 or 30.
+    pub(crate) shift: u8,
+}
