@@ -26,7 +26,7 @@ const ALLOWED = new Set([
 ])
 
 /** Tools that are run while developing and never shipped or linked; for these file-level copyleft is fine too. */
-const ALLOWED_FOR_TOOLS = new Set([...ALLOWED, 'MPL-2.0', 'CC-BY-4.0', 'CC-BY-3.0'])
+const ALLOWED_FOR_TOOLS = new Set([...ALLOWED, 'MPL-2.0', 'PSF-2.0', 'CC-BY-4.0', 'CC-BY-3.0'])
 
 /** True if an SPDX expression can be satisfied with `allowed`. OR binds weaker than AND; parentheses as usual. */
 export function satisfies(expression, allowed) {
@@ -120,15 +120,13 @@ function table(title, list) {
     .map((one) => `| ${one.name} | ${one.version} | ${one.licence} | ${(bytes(one.folder) / 1024).toFixed(0)} KiB |`)
   const rest = list.filter((one) => !one.direct)
   const size = rest.reduce((sum, one) => sum + bytes(one.folder), 0)
+  const names = [...new Set(rest.map((one) => one.name))].sort()
   return [
     `## ${title}`,
     '| name | version | licence | unpacked |',
     '|---|---|---|---|',
     ...rows,
-    `\n${rest.length} more come with them (${(size / 1024 / 1024).toFixed(1)} MiB): ${rest
-      .map((one) => one.name)
-      .sort()
-      .join(', ')}.`,
+    rest.length > 0 ? `\n${rest.length} more come with them (${(size / 1024 / 1024).toFixed(1)} MiB): ${names.join(', ')}.` : '',
   ].join('\n')
 }
 

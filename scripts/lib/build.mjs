@@ -10,6 +10,9 @@ const MANIFESTS = ['package.json', 'package-lock.json']
 const NATIVE = ['Cargo.toml', 'Cargo.lock', 'crates', 'package.json']
 const TYPESCRIPT = ['ts', 'tsconfig.json', 'tsconfig.build.json', 'package.json', 'package-lock.json']
 
+/** The C library that Node runs on, as napi names it. */
+const libc = process.report.getReport().header.glibcVersionRuntime ? 'gnu' : 'musl'
+
 /** `npm ci`, when the lock file or Node itself has changed. */
 async function install() {
   const print = fingerprint(MANIFESTS, [process.version])
@@ -24,7 +27,7 @@ async function install() {
 /** The addon, with cargo's release profile. */
 async function buildNative() {
   const print = fingerprint(NATIVE, [await output('rustc', ['-vV']), process.env.RUSTFLAGS ?? ''])
-  const worked = await unlessDone('native', print, ['dist/native/skep.linux-x64-gnu.node'], () =>
+  const worked = await unlessDone('native', print, [`dist/native/skep.linux-x64-${libc}.node`], () =>
     step('build the engine (cargo, release)', (step) =>
       run('npm', ['run', '--silent', 'build:native'], { log: 'build-native', step, milestone: isCompiling }),
     ),
