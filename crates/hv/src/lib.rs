@@ -75,6 +75,12 @@ pub trait Vm: Send + Sync {
     fn attach_doorbell(&self, doorbell: Doorbell, event: Arc<dyn irq::Signal>) -> Result<bool, HvError>;
     /// Frequency of the guest's TSC in Hz.
     fn tsc_hz(&self) -> u64;
+    /// The TSC of `vcpu` now, as RDTSC would show it; any thread may ask. The machine converts TSC deadlines to host
+    /// time relative to it. Without a back end's own answer: [`monotonic_ns`] at [`Vm::tsc_hz`].
+    fn tsc(&self, vcpu: u32) -> u64 {
+        let _ = vcpu;
+        (u128::from(monotonic_ns()) * u128::from(self.tsc_hz()) / 1_000_000_000) as u64
+    }
 }
 
 /// A guest write that stands for an event.
