@@ -9,10 +9,22 @@
 //! things are put into the same place.
 #![forbid(unsafe_code)]
 
+mod bytes;
+mod elf;
+mod entry;
 mod error;
 mod input;
+mod kernel;
 pub mod layout;
+mod linux;
+mod multiboot;
 mod platform;
+mod pvh;
+mod rom;
+mod space;
+#[cfg(test)]
+mod testing;
+mod zero_page;
 
 use std::path::PathBuf;
 
@@ -162,6 +174,20 @@ pub struct Loaded {
 /// # Errors
 /// The payload is broken, of an unknown format or for another processor, or does not fit.
 pub fn load(memory: &GuestMemory, options: &BootOptions) -> Result<Loaded, BootError> {
-    let _ = (memory, options);
-    Err(BootError::Nothing)
+    let layout = &options.layout;
+    match &options.payload {
+        Payload::Rom(rom) => rom::load(memory, layout, rom),
+        Payload::Kernel { kernel, initrd, modules, cmdline } => {
+            let rsdp = layout::ACPI_TABLES;
+            kernel::load(kernel::Boot {
+                memory,
+                space: space::Space::new(layout),
+                kernel,
+                initrd: initrd.as_ref(),
+                modules,
+                cmdline,
+                rsdp,
+            })
+        }
+    }
 }
