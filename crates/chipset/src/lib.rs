@@ -45,6 +45,8 @@ pub mod pit;
 pub mod ports;
 pub mod ps2;
 pub mod rtc;
+#[cfg(test)]
+mod testing;
 mod time;
 pub mod uart;
 
