@@ -1,0 +1,310 @@
+//! The owner thread: the only one that changes a machine's state.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, channel};
+
+use skep_boot::BootOptions;
+use skep_chipset::Effect;
+use skep_hv::state::StateGroups;
+use skep_hv::{RunEnd, Vm, monotonic_ns};
+use skep_memory::GuestMemory;
+
+use crate::board::Board;
+use crate::bus::Outcome;
+use crate::error::Error;
+use crate::event::{End, Event, EventSink, Reason, ResetCause, State, wall_ms};
+use crate::machine::{Command, Helpers, MAX_TRANSFER, Message, Reply, StateCell, Stats};
+use crate::registers;
+use crate::spec::OnReboot;
+use crate::vcpu::{Order, Report, VcpuThread};
+
+/// A machine from inside. Fields are dropped in this order: vCPUs first, so that nobody uses what follows.
+pub(crate) struct Owner {
+    pub(crate) vcpus: Vec<VcpuThread>,
+    pub(crate) helpers: Helpers,
+    pub(crate) messages: Receiver<Message>,
+    /// Messages that came while the vCPUs were being stopped.
+    pub(crate) postponed: VecDeque<Message>,
+    pub(crate) board: Arc<Board>,
+    pub(crate) memory: GuestMemory,
+    pub(crate) boot: BootOptions,
+    pub(crate) on_reboot: OnReboot,
+    pub(crate) state: StateCell,
+    pub(crate) sink: Arc<dyn EventSink>,
+    /// Lives as long as its vCPUs.
+    #[expect(dead_code, reason = "held, not used")]
+    pub(crate) vm: Arc<dyn Vm>,
+}
+
+/// The general and system registers.
+const REGISTERS: StateGroups =
+    StateGroups { general: true, system: true, fpu: false, msrs: false, debug: false, events: false };
+
+impl Owner {
+    /// The thread.
+    pub(crate) fn run(mut self) {
+        self.tell(|time| Event::State { state: State::Created, time });
+        loop {
+            let message = match self.postponed.pop_front() {
+                Some(message) => message,
+                // The handle always says goodbye.
+                None => self.messages.recv().unwrap_or(Message::Quit),
+            };
+            match message {
+                Message::Command(command) => self.command(command),
+                Message::Report { vcpu, report } => self.report(vcpu, report),
+                Message::Broken(text) => {
+                    if self.state.get() != State::Stopped {
+                        let detail = format!("internal error, please report it: {text}");
+                        self.end(End::new(Reason::Error).detail(detail));
+                    }
+                }
+                Message::Quit => break,
+            }
+        }
+        if self.state.get() != State::Stopped {
+            self.end(End::new(Reason::Killed));
+        }
+        // Callers that still wait are answered before everything goes.
+        for message in std::mem::take(&mut self.postponed).into_iter().chain(self.messages.try_iter()) {
+            if let Message::Command(command) = message {
+                command.refuse();
+            }
+        }
+    }
+
+    fn tell(&self, event: impl FnOnce(u64) -> Event) {
+        self.sink.event(event(wall_ms()));
+    }
+
+    fn enter(&self, state: State) {
+        self.state.set(state);
+        self.tell(|time| Event::State { state, time });
+    }
+
+    /// Lets every vCPU run.
+    fn go(&self) {
+        self.helpers.timer.resume();
+        for vcpu in &self.vcpus {
+            vcpu.order_parked(Order::Run);
+        }
+    }
+
+    /// Brings every vCPU out of the guest and holds it there.
+    fn hold(&mut self) {
+        self.helpers.timer.pause();
+        for vcpu in &self.vcpus {
+            vcpu.order(Order::Stop);
+        }
+        let mut out = self.vcpus.len();
+        while out > 0 {
+            match self.messages.recv() {
+                Ok(Message::Report { report: Report::Parked, .. }) => out -= 1,
+                Ok(message) => self.postponed.push_back(message),
+                Err(_) => return,
+            }
+        }
+    }
+
+    /// Ends the machine.
+    fn end(&mut self, end: End) {
+        if self.state.get() == State::Running {
+            self.hold();
+        }
+        self.forget_reports();
+        self.helpers.serial.flush();
+        self.enter(State::Stopped);
+        self.tell(|time| Event::Exit { end, time });
+    }
+
+    /// Drops what vCPUs reported before they were held: it belongs to a past life.
+    fn forget_reports(&mut self) {
+        self.postponed.retain(|message| !matches!(message, Message::Report { .. }));
+    }
+
+    /// Resets the machine. Guest memory stays, but for what the boot loader and the firmware tables bring.
+    fn reset(&mut self, cause: ResetCause) {
+        let running = self.state.get() == State::Running;
+        if running {
+            self.hold();
+        }
+        self.forget_reports();
+        self.board.reset();
+        let loaded = match skep_boot::load(&self.memory, &self.boot) {
+            Ok(loaded) => loaded,
+            Err(error) => {
+                return self.end(End::new(Reason::Error).detail(format!("cannot boot again: {error}")));
+            }
+        };
+        let mut boot_state = loaded.boot_state.map(Box::new);
+        for vcpu in &self.vcpus {
+            // The bootstrap processor comes first.
+            vcpu.order_parked(Order::Reset(boot_state.take()));
+        }
+        self.tell(|time| Event::Reset { cause, time });
+        if running {
+            self.go();
+        }
+    }
+
+    fn report(&mut self, vcpu: u32, report: Report) {
+        if !matches!(self.state.get(), State::Running | State::Paused) {
+            return;
+        }
+        match report {
+            Report::Parked => {}
+            Report::Halted => {
+                if self.vcpus.iter().all(|vcpu| vcpu.status.idle()) && !self.wake_pending() {
+                    let detail = "every vCPU has halted with interrupts disabled";
+                    self.end(End::new(Reason::Halt).by(vcpu).detail(detail));
+                }
+            }
+            Report::Ended(end) => self.end(match end {
+                RunEnd::TripleFault => End::new(Reason::TripleFault).by(vcpu),
+                RunEnd::Failed(text) => End::new(Reason::Error).by(vcpu).detail(text),
+                RunEnd::Halted | RunEnd::Kicked => End::new(Reason::Halt).by(vcpu),
+            }),
+            Report::Effect(Outcome { effect, slot }) => match effect {
+                Effect::None => {}
+                Effect::PowerOff => self.end(End::new(Reason::PowerOff).by(vcpu)),
+                Effect::Reset if self.on_reboot == OnReboot::Exit => {
+                    self.end(End::new(Reason::Reboot).by(vcpu))
+                }
+                Effect::Reset => self.reset(self.board.reset_cause(slot)),
+                Effect::Exit(status) => {
+                    self.end(End { status, ..End::new(Reason::DebugExit).by(vcpu) });
+                }
+            },
+        }
+    }
+
+    /// Whether some vCPU is about to be woken by a signal that HLT with interrupts disabled still obeys.
+    fn wake_pending(&self) -> bool {
+        let now = monotonic_ns();
+        (0..self.board.apics.count()).any(|vcpu| {
+            let pending = self.board.apics.pending(vcpu, now);
+            pending.nmi || pending.startup
+        })
+    }
+
+    fn refusal(&self, command: &'static str) -> Error {
+        let state = self.state.get();
+        let hint = match (command, state) {
+            (_, State::Stopped) => Some("create a new one"),
+            ("start", State::Paused) => Some("resume it"),
+            ("start", _) => None,
+            ("resume", State::Created) | ("reset" | "press the power button of", State::Created) => {
+                Some("start it first")
+            }
+            ("pause", State::Created) => Some("it does not run yet"),
+            ("read registers of" | "set registers of", State::Running) => Some("pause it first"),
+            _ => None,
+        };
+        Error::State { command, state, hint }
+    }
+
+    fn command(&mut self, command: Command) {
+        let state = self.state.get();
+        let live = matches!(state, State::Running | State::Paused);
+        match command {
+            Command::Start(reply) if state == State::Created => {
+                self.enter(State::Running);
+                self.go();
+                reply(Ok(()));
+            }
+            Command::Start(reply) => reply(Err(self.refusal("start"))),
+            Command::Pause(reply) if state == State::Running => {
+                self.hold();
+                self.enter(State::Paused);
+                reply(Ok(()));
+            }
+            Command::Pause(reply) => reply(Err(self.refusal("pause"))),
+            Command::Resume(reply) if state == State::Paused => {
+                self.enter(State::Running);
+                self.go();
+                reply(Ok(()));
+            }
+            Command::Resume(reply) => reply(Err(self.refusal("resume"))),
+            Command::Reset(reply) if live => {
+                self.reset(ResetCause::Host);
+                reply(Ok(()));
+            }
+            Command::Reset(reply) => reply(Err(self.refusal("reset"))),
+            Command::PowerButton(reply) if live => {
+                self.board.power_button();
+                reply(Ok(()));
+            }
+            Command::PowerButton(reply) => reply(Err(self.refusal("press the power button of"))),
+            Command::Kill(reply) => {
+                if state != State::Stopped {
+                    self.end(End::new(Reason::Killed));
+                }
+                reply(Ok(()));
+            }
+            Command::Stats(reply) => reply(self.stats()),
+            Command::Registers(vcpu, reply) => reply(self.registers(vcpu)),
+            Command::SetRegisters(vcpu, json, reply) => reply(self.set_registers(vcpu, &json)),
+            Command::ReadMemory(gpa, length, reply) => self.read_memory(gpa, length, reply),
+            Command::WriteMemory(gpa, data, reply) => reply(self.write_memory(gpa, &data)),
+        }
+    }
+
+    /// Asks a vCPU's thread and waits for its answer.
+    fn ask<T>(
+        &self,
+        vcpu: &VcpuThread,
+        order: impl FnOnce(std::sync::mpsc::Sender<T>) -> Order,
+    ) -> Result<T, Error> {
+        let (answer, answered) = channel();
+        vcpu.order(order(answer));
+        answered.recv().map_err(|_| Error::Internal("a vCPU's thread is gone".into()))
+    }
+
+    fn stats(&self) -> Result<Stats, Error> {
+        let vcpus = self.vcpus.iter().map(|vcpu| self.ask(vcpu, Order::Stats)).collect::<Result<_, _>>()?;
+        Ok(Stats { vcpus, devices: self.board.bus.stats() })
+    }
+
+    fn vcpu(&self, vcpu: u32) -> Result<&VcpuThread, Error> {
+        let count = self.vcpus.len() as u32;
+        self.vcpus.get(vcpu as usize).ok_or(Error::NoVcpu { vcpu, count })
+    }
+
+    fn registers(&self, vcpu: u32) -> Result<String, Error> {
+        if self.state.get() == State::Running {
+            return Err(self.refusal("read registers of"));
+        }
+        let state = self.ask(self.vcpu(vcpu)?, |reply| Order::Get(REGISTERS, reply))??;
+        Ok(registers::to_json(&state).to_string())
+    }
+
+    fn set_registers(&self, vcpu: u32, json: &str) -> Result<(), Error> {
+        if !matches!(self.state.get(), State::Created | State::Paused) {
+            return Err(self.refusal("set registers of"));
+        }
+        let thread = self.vcpu(vcpu)?;
+        let mut state = self.ask(thread, |reply| Order::Get(REGISTERS, reply))??;
+        registers::patch(&mut state, json)?;
+        Ok(self.ask(thread, |reply| Order::Set(Box::new(state), reply))??)
+    }
+
+    fn read_memory(&self, gpa: u64, length: u64, reply: Reply<Vec<u8>>) {
+        if length > MAX_TRANSFER {
+            return reply(Err(Error::Length { length, max: MAX_TRANSFER }));
+        }
+        let mut data = vec![0; length as usize];
+        reply(match self.memory.read(gpa, &mut data) {
+            Ok(()) => Ok(data),
+            Err(error) => Err(Error::GuestMemory(error)),
+        });
+    }
+
+    fn write_memory(&self, gpa: u64, data: &[u8]) -> Result<(), Error> {
+        let length = data.len() as u64;
+        if length > MAX_TRANSFER {
+            return Err(Error::Length { length, max: MAX_TRANSFER });
+        }
+        self.memory.write(gpa, data).map_err(Error::GuestMemory)
+    }
+}

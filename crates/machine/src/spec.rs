@@ -1,0 +1,448 @@
+//! The machine specification: plain data in which every slot and every default is explicit. Whoever resolved it has
+//! checked it already; it is checked again here, because this is the trust boundary.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::Error;
+
+/// The version of the specification that this engine understands.
+pub const VERSION: u32 = 1;
+/// Most vCPUs of a machine.
+pub const MAX_VCPUS: u32 = 64;
+/// Where the LPC bridge sits.
+pub const LPC_SLOT: &str = "0:31:0";
+/// Granule of memory sizes: 1 MiB.
+pub const MEMORY_GRANULE: u64 = 1 << 20;
+/// Least and most memory of a machine, in bytes.
+pub const MEMORY_RANGE: std::ops::RangeInclusive<u64> = 2 << 20..=1 << 44;
+/// Longest path or command line taken, in bytes.
+const MAX_TEXT: usize = 65_536;
+/// Most boot modules.
+const MAX_MODULES: usize = 64;
+
+/// A machine, fully resolved.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+pub struct MachineSpec {
+    /// [`VERSION`].
+    pub version: u32,
+    /// Name, for people and for SMBIOS.
+    pub name: String,
+    /// UUID in its canonical text form.
+    pub uuid: String,
+    /// Processor topology.
+    pub cpus: Cpus,
+    /// Memory.
+    pub memory: Memory,
+    /// What runs the vCPUs.
+    pub accel: Accel,
+    /// Which engine of the software CPU.
+    pub engine: Engine,
+    /// What is booted.
+    pub boot: Boot,
+    /// Devices by slot, `bus:device:function`.
+    pub devices: BTreeMap<String, Device>,
+    /// Whether the debug-exit port exists.
+    pub debug_exit: bool,
+    /// What the real-time clock shows.
+    pub rtc: Rtc,
+    /// What a guest's reboot does.
+    pub on_reboot: OnReboot,
+}
+
+/// Processor topology; the product is the number of vCPUs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Cpus {
+    /// Packages.
+    pub sockets: u32,
+    /// Cores per package.
+    pub cores: u32,
+    /// Threads per core.
+    pub threads: u32,
+}
+
+impl Cpus {
+    /// Number of vCPUs, `None` on overflow.
+    pub fn count(&self) -> Option<u32> {
+        self.sockets.checked_mul(self.cores)?.checked_mul(self.threads)
+    }
+}
+
+/// Guest memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Memory {
+    /// Bytes, a multiple of [`MEMORY_GRANULE`].
+    pub size: u64,
+}
+
+/// What runs the vCPUs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Accel {
+    /// The software CPU.
+    Software,
+}
+
+/// Engines of the software CPU.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Engine {
+    /// The interpreter.
+    Interpreter,
+}
+
+/// What is booted.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "lowercase", deny_unknown_fields)]
+pub enum Boot {
+    /// A kernel, loaded directly.
+    Kernel {
+        /// bzImage, ELF with a PVH note, or multiboot image.
+        kernel: PathBuf,
+        /// Initial RAM disk.
+        initrd: Option<PathBuf>,
+        /// Command line.
+        cmdline: String,
+        /// Multiboot and PVH modules.
+        modules: Vec<Module>,
+    },
+    /// A firmware image that ends at 4 GiB.
+    Rom {
+        /// The image.
+        rom: PathBuf,
+    },
+}
+
+/// A file handed to the kernel.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Module {
+    /// The file.
+    pub path: PathBuf,
+    /// Its command line.
+    pub cmdline: String,
+}
+
+/// A device in a slot.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "type", rename_all = "lowercase", deny_unknown_fields)]
+pub enum Device {
+    /// The LPC bridge with its four serial ports.
+    Lpc {
+        /// Port 0x3f8, IRQ 4.
+        com1: Serial,
+        /// Port 0x2f8, IRQ 3.
+        com2: Serial,
+        /// Port 0x3e8, IRQ 4.
+        com3: Serial,
+        /// Port 0x2e8, IRQ 3.
+        com4: Serial,
+    },
+}
+
+/// What is behind a serial port.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "lowercase", deny_unknown_fields)]
+pub enum Serial {
+    /// The owner, through [`crate::EventSink::console`] and [`crate::Machine::console_write`].
+    Console {},
+    /// A file that takes the output; emptied when the machine is created.
+    File {
+        /// The file.
+        path: PathBuf,
+    },
+    /// Nothing: output is dropped.
+    None {},
+}
+
+/// What the real-time clock shows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Rtc {
+    /// Universal time.
+    Utc,
+    /// The host's local time.
+    Localtime,
+}
+
+/// What a guest's reboot does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OnReboot {
+    /// Reset and go on.
+    Restart,
+    /// End with status 0.
+    Exit,
+}
+
+impl MachineSpec {
+    /// Parses JSON and validates.
+    pub fn from_json(json: &str) -> Result<Self, Error> {
+        let spec: Self = serde_json::from_str(json).map_err(|error| {
+            Error::spec("ERR_SPEC_JSON", "", format!("the machine specification cannot be read: {error}"))
+        })?;
+        spec.validate()?;
+        Ok(spec)
+    }
+
+    /// Checks everything that the types do not say.
+    pub fn validate(&self) -> Result<(), Error> {
+        if self.version != VERSION {
+            let message = format!("version is {}, this engine reads version {VERSION}", self.version);
+            return Err(Error::spec("ERR_SPEC_VERSION", "version", message));
+        }
+        if self.name.is_empty() || self.name.len() > 255 || self.name.chars().any(char::is_control) {
+            let message = "name must be 1 to 255 bytes of text without control characters";
+            return Err(Error::spec("ERR_SPEC_NAME", "name", message));
+        }
+        self.uuid_bytes()?;
+        let count = self.cpus.count().unwrap_or(u32::MAX);
+        if !(1..=MAX_VCPUS).contains(&count) {
+            let Cpus { sockets, cores, threads } = self.cpus;
+            let message = format!(
+                "cpus: {sockets} sockets of {cores} cores of {threads} threads; the product must be 1 to {MAX_VCPUS}"
+            );
+            return Err(Error::spec("ERR_SPEC_CPUS", "cpus", message));
+        }
+        let size = self.memory.size;
+        if !size.is_multiple_of(MEMORY_GRANULE) || !MEMORY_RANGE.contains(&size) {
+            let message = format!(
+                "memory.size is {size} bytes; it must be a multiple of 1 MiB between {} MiB and {} TiB",
+                MEMORY_RANGE.start() >> 20,
+                MEMORY_RANGE.end() >> 40
+            );
+            return Err(Error::spec("ERR_SPEC_MEMORY", "memory.size", message));
+        }
+        self.validate_boot()?;
+        self.validate_devices()
+    }
+
+    fn validate_boot(&self) -> Result<(), Error> {
+        let text = |path: &str, bytes: &[u8]| {
+            if bytes.len() > MAX_TEXT || bytes.contains(&0) {
+                let message = format!("{path} must be at most {MAX_TEXT} bytes and hold no NUL");
+                return Err(Error::spec("ERR_SPEC_TEXT", path, message));
+            }
+            Ok(())
+        };
+        let file = |path: &str, file: &PathBuf| {
+            if file.as_os_str().is_empty() {
+                return Err(Error::spec("ERR_SPEC_PATH", path, format!("{path} must name a file")));
+            }
+            text(path, file.as_os_str().as_encoded_bytes())
+        };
+        match &self.boot {
+            Boot::Kernel { kernel, initrd, cmdline, modules } => {
+                file("boot.kernel", kernel)?;
+                if let Some(initrd) = initrd {
+                    file("boot.initrd", initrd)?;
+                }
+                text("boot.cmdline", cmdline.as_bytes())?;
+                if modules.len() > MAX_MODULES {
+                    let message = format!("boot.modules: {} modules, at most {MAX_MODULES}", modules.len());
+                    return Err(Error::spec("ERR_SPEC_MODULES", "boot.modules", message));
+                }
+                for (at, module) in modules.iter().enumerate() {
+                    file(&format!("boot.modules[{at}].path"), &module.path)?;
+                    text(&format!("boot.modules[{at}].cmdline"), module.cmdline.as_bytes())?;
+                }
+                Ok(())
+            }
+            Boot::Rom { rom } => file("boot.rom", rom),
+        }
+    }
+
+    fn validate_devices(&self) -> Result<(), Error> {
+        if let Some(slot) = self.devices.keys().find(|slot| *slot != LPC_SLOT) {
+            let path = format!("devices[\"{slot}\"]");
+            let message = format!("{path}: this machine has one slot, \"{LPC_SLOT}\", for the lpc device");
+            return Err(Error::spec("ERR_SPEC_SLOT", path, message));
+        }
+        let ports = self.serial_ports()?;
+        let mut files: Vec<&PathBuf> = Vec::new();
+        for (at, port) in ports.iter().enumerate() {
+            let Serial::File { path: file } = port else { continue };
+            let path = format!("devices[\"{LPC_SLOT}\"].com{}.path", at + 1);
+            if file.as_os_str().is_empty() || file.as_os_str().as_encoded_bytes().contains(&0) {
+                return Err(Error::spec("ERR_SPEC_PATH", &path, format!("{path} must name a file")));
+            }
+            if files.contains(&file) {
+                let message = format!("{path}: {} is behind another port already", file.display());
+                return Err(Error::spec("ERR_SPEC_PATH", path, message));
+            }
+            files.push(file);
+        }
+        Ok(())
+    }
+
+    /// The back ends of COM1 to COM4.
+    pub fn serial_ports(&self) -> Result<[&Serial; 4], Error> {
+        match self.devices.get(LPC_SLOT) {
+            Some(Device::Lpc { com1, com2, com3, com4 }) => Ok([com1, com2, com3, com4]),
+            None => {
+                let path = format!("devices[\"{LPC_SLOT}\"]");
+                let message = format!("{path} is missing: every machine has an lpc device there");
+                Err(Error::spec("ERR_SPEC_SLOT", path, message))
+            }
+        }
+    }
+
+    /// Number of vCPUs of a valid specification.
+    pub fn vcpus(&self) -> u32 {
+        self.cpus.count().unwrap_or(0)
+    }
+
+    /// The UUID as 16 bytes in text order.
+    pub fn uuid_bytes(&self) -> Result<[u8; 16], Error> {
+        parse_uuid(&self.uuid).ok_or_else(|| {
+            let message = "uuid must be like 01234567-89ab-cdef-0123-456789abcdef";
+            Error::spec("ERR_SPEC_UUID", "uuid", message)
+        })
+    }
+}
+
+fn parse_uuid(text: &str) -> Option<[u8; 16]> {
+    let text = text.as_bytes();
+    if text.len() != 36 {
+        return None;
+    }
+    let mut digits = Vec::with_capacity(32);
+    for (at, &byte) in text.iter().enumerate() {
+        match (at, byte) {
+            (8 | 13 | 18 | 23, b'-') => {}
+            (8 | 13 | 18 | 23, _) => return None,
+            _ => digits.push(char::from(byte).to_digit(16)? as u8),
+        }
+    }
+    let mut bytes = [0; 16];
+    for (byte, pair) in bytes.iter_mut().zip(digits.chunks_exact(2)) {
+        *byte = pair[0] << 4 | pair[1];
+    }
+    Some(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    fn valid() -> Value {
+        json!({
+            "version": 1, "name": "web1", "uuid": "01234567-89ab-cdef-0123-456789ABCDEF",
+            "cpus": { "sockets": 1, "cores": 2, "threads": 1 }, "memory": { "size": 536870912 },
+            "accel": "software", "engine": "interpreter",
+            "boot": { "kind": "kernel", "kernel": "/k", "initrd": null, "cmdline": "", "modules": [] },
+            "devices": { "0:31:0": { "type": "lpc", "com1": { "kind": "console" }, "com2": { "kind": "file", "path": "/x" },
+                "com3": { "kind": "none" }, "com4": { "kind": "none" } } },
+            "debugExit": false, "rtc": "utc", "onReboot": "restart"
+        })
+    }
+
+    fn refused(change: impl FnOnce(&mut Value)) -> (&'static str, Option<String>) {
+        let mut spec = valid();
+        change(&mut spec);
+        let error = MachineSpec::from_json(&spec.to_string()).unwrap_err();
+        (error.code(), error.path())
+    }
+
+    #[test]
+    fn a_valid_specification_goes_round() {
+        let spec = MachineSpec::from_json(&valid().to_string()).unwrap();
+        assert_eq!(spec.vcpus(), 2);
+        assert_eq!(spec.uuid_bytes().unwrap()[..4], [0x01, 0x23, 0x45, 0x67]);
+        let mut uuid = valid();
+        uuid["uuid"] = "01234567-89ab-cdef-0123-456789ABCDEF".into();
+        assert_eq!(serde_json::to_value(&spec).unwrap(), uuid);
+    }
+
+    #[test]
+    fn every_unknown_field_is_refused() {
+        for at in [
+            "",
+            "/cpus",
+            "/memory",
+            "/boot",
+            "/devices/0:31:0",
+            "/devices/0:31:0/com1",
+            "/devices/0:31:0/com3",
+        ] {
+            let (code, _) = refused(|spec| spec.pointer_mut(at).unwrap()["surprise"] = true.into());
+            assert_eq!(code, "ERR_SPEC_JSON", "at {at:?}");
+        }
+    }
+
+    #[test]
+    fn every_missing_field_is_refused() {
+        let keys: Vec<String> = valid().as_object().unwrap().keys().cloned().collect();
+        for key in keys {
+            let (code, _) = refused(|spec| drop(spec.as_object_mut().unwrap().remove(&key)));
+            assert_eq!(code, "ERR_SPEC_JSON", "without {key}");
+        }
+    }
+
+    #[test]
+    fn numbers_out_of_range_name_their_path() {
+        for (cores, sockets) in [(0, 1), (65, 1), (4096, 1), (u32::MAX, u32::MAX)] {
+            let refusal = refused(|spec| {
+                spec["cpus"]["cores"] = cores.into();
+                spec["cpus"]["sockets"] = sockets.into();
+            });
+            assert_eq!(refusal, ("ERR_SPEC_CPUS", Some("cpus".into())));
+        }
+        for size in [0, 1 << 20, (512 << 20) + 4096, 100 << 40, u64::MAX] {
+            let refusal = refused(|spec| spec["memory"]["size"] = size.into());
+            assert_eq!(refusal, ("ERR_SPEC_MEMORY", Some("memory.size".into())));
+        }
+        assert_eq!(refused(|spec| spec["cpus"]["cores"] = 1.5.into()).0, "ERR_SPEC_JSON");
+        assert_eq!(refused(|spec| spec["memory"]["size"] = (-1).into()).0, "ERR_SPEC_JSON");
+    }
+
+    #[test]
+    fn texts_and_slots_are_checked() {
+        assert_eq!(refused(|spec| spec["version"] = 2.into()).0, "ERR_SPEC_VERSION");
+        assert_eq!(refused(|spec| spec["name"] = "".into()).0, "ERR_SPEC_NAME");
+        assert_eq!(refused(|spec| spec["name"] = "a\nb".into()).0, "ERR_SPEC_NAME");
+        for uuid in [
+            "",
+            "0123456789abcdef0123456789abcdef",
+            "0123456g-89ab-cdef-0123-456789abcdef",
+            "ä".repeat(18).as_str(),
+        ] {
+            assert_eq!(refused(|spec| spec["uuid"] = uuid.into()).0, "ERR_SPEC_UUID");
+        }
+        assert_eq!(refused(|spec| spec["boot"]["kernel"] = "".into()).0, "ERR_SPEC_PATH");
+        assert_eq!(refused(|spec| spec["boot"]["cmdline"] = "a\0b".into()).0, "ERR_SPEC_TEXT");
+        assert_eq!(refused(|spec| spec["devices"] = json!({})).0, "ERR_SPEC_SLOT");
+        let (code, path) = refused(|spec| {
+            let lpc = spec["devices"]["0:31:0"].clone();
+            spec["devices"]["0:3:0"] = lpc;
+        });
+        assert_eq!((code, path.as_deref()), ("ERR_SPEC_SLOT", Some("devices[\"0:3:0\"]")));
+        let twice = json!({ "kind": "file", "path": "/x" });
+        assert_eq!(refused(|spec| spec["devices"]["0:31:0"]["com1"] = twice).0, "ERR_SPEC_PATH");
+    }
+
+    #[test]
+    fn garbage_never_panics() {
+        let text = valid().to_string();
+        let mut seed = 0x9e37_79b9_7f4a_7c15u64;
+        for _ in 0..5_000 {
+            let mut bytes = text.clone().into_bytes();
+            for _ in 0..3 {
+                seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                let at = (seed >> 33) as usize % bytes.len();
+                bytes[at] = (seed >> 20) as u8;
+            }
+            // The outcome does not matter, coming back does; a specification that is taken must be valid.
+            if let Ok(spec) = MachineSpec::from_json(&String::from_utf8_lossy(&bytes)) {
+                spec.validate().unwrap();
+            }
+        }
+    }
+}

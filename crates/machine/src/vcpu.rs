@@ -1,0 +1,370 @@
+//! vCPU threads: each owns one vCPU and what it sees of the machine, takes orders from the owner thread, and reports.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
+use std::sync::{Arc, Mutex};
+use std::thread::{Builder, JoinHandle};
+
+use skep_chipset::{Effect, Space};
+use skep_hv::state::{CpuState, StateError, StateGroups};
+use skep_hv::{IoFlow, Kick, Pending, RunEnd, Startup, Vcpu, VcpuIo, VcpuStats, monotonic_ns};
+
+use crate::board::Board;
+use crate::bus::{Outcome, lock};
+use crate::error::Error;
+use crate::machine::{Message, panic_text};
+
+/// What the owner thread asks of a vCPU thread. Orders are followed in turn, between runs.
+pub(crate) enum Order {
+    /// Run the guest.
+    Run,
+    /// Do not; answered by [`Report::Parked`].
+    Stop,
+    /// Something may have ended the halt that the vCPU is in.
+    Look,
+    /// Power-on state, then this one where there is one.
+    Reset(Option<Box<CpuState>>),
+    /// The named groups of state, please.
+    Get(StateGroups, Sender<Result<CpuState, StateError>>),
+    /// Take on this state.
+    Set(Box<CpuState>, Sender<Result<(), StateError>>),
+    /// Counters, please.
+    Stats(Sender<VcpuStats>),
+    /// End the thread.
+    Quit,
+}
+
+/// What a vCPU thread tells the owner thread.
+#[derive(Debug)]
+pub(crate) enum Report {
+    /// It has stopped as ordered.
+    Parked,
+    /// It halted for good; see [`Status::halted`].
+    Halted,
+    /// It cannot go on.
+    Ended(RunEnd),
+    /// A write of the guest's asks something of the whole machine. The vCPU stands still.
+    Effect(Outcome),
+}
+
+/// What a processor is waiting for, as others may see it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+enum Activity {
+    Running,
+    WaitForSipi,
+    Halted,
+}
+
+/// A vCPU's activity, shared between its thread, its APIC's wake and the owner thread.
+pub(crate) struct Status(AtomicU8);
+
+impl Status {
+    fn set(&self, activity: Activity) {
+        self.0.store(activity as u8, Ordering::SeqCst);
+    }
+
+    fn is(&self, activity: Activity) -> bool {
+        self.0.load(Ordering::SeqCst) == activity as u8
+    }
+
+    /// It executes nothing and will not until another vCPU sends it an NMI, INIT or start-up.
+    pub(crate) fn idle(&self) -> bool {
+        !self.is(Activity::Running)
+    }
+
+    /// After power-on or INIT: the bootstrap processor runs, the others wait.
+    fn reset(&self, id: u32) {
+        self.set(if id == 0 { Activity::Running } else { Activity::WaitForSipi });
+    }
+}
+
+/// The wake that a vCPU's APIC is given: also gets a vCPU that has reported a halt for good to look again.
+struct Waker {
+    kick: Arc<dyn Kick>,
+    status: Arc<Status>,
+    orders: Mutex<Sender<Order>>,
+    looking: Arc<AtomicBool>,
+}
+
+impl Kick for Waker {
+    fn kick(&self) {
+        self.kick.kick();
+    }
+
+    fn wake(&self) {
+        self.kick.wake();
+        if self.status.is(Activity::Halted) && !self.looking.swap(true, Ordering::SeqCst) {
+            // A thread that is gone needs no wake.
+            let _ = lock(&self.orders).send(Order::Look);
+        }
+    }
+}
+
+/// The owner thread's hold on a vCPU thread.
+pub(crate) struct VcpuThread {
+    orders: Sender<Order>,
+    kick: Arc<dyn Kick>,
+    /// Its activity.
+    pub(crate) status: Arc<Status>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl VcpuThread {
+    /// Starts the thread of vCPU `id`, which stands still until it is ordered to run.
+    pub(crate) fn spawn(
+        id: u32,
+        vcpu: Box<dyn Vcpu>,
+        board: Arc<Board>,
+        reports: Sender<Message>,
+    ) -> Result<Self, Error> {
+        let (orders, inbox) = channel();
+        let status = Arc::new(Status(AtomicU8::new(0)));
+        status.reset(id);
+        let kick = vcpu.kicker();
+        let looking = Arc::new(AtomicBool::new(false));
+        let waker = Waker {
+            kick: kick.clone(),
+            status: status.clone(),
+            orders: Mutex::new(orders.clone()),
+            looking: looking.clone(),
+        };
+        board.apics.attach_cpu(id, Arc::new(waker));
+        let name = format!("skep-vcpu{id}");
+        let view = View { id, board, status: status.clone(), reports, left: false };
+        let body = Body { vcpu, view, inbox, looking, allowed: false, blocked: false };
+        let thread = Builder::new()
+            .name(name.clone())
+            .spawn(move || body.run())
+            .map_err(|source| Error::Thread { name, source })?;
+        Ok(Self { orders, kick, status, thread: Some(thread) })
+    }
+
+    /// Gives an order, and makes a vCPU that is in the guest come out and look at it. A thread that has died
+    /// has reported that already.
+    pub(crate) fn order(&self, order: Order) {
+        let _ = self.orders.send(order);
+        self.kick.kick();
+    }
+
+    /// Gives an order to a thread whose vCPU is not in the guest.
+    pub(crate) fn order_parked(&self, order: Order) {
+        let _ = self.orders.send(order);
+    }
+}
+
+impl Drop for VcpuThread {
+    fn drop(&mut self) {
+        self.order(Order::Quit);
+        if let Some(thread) = self.thread.take() {
+            // Its panics are caught and reported inside.
+            let _ = thread.join();
+        }
+    }
+}
+
+/// The thread's own half.
+struct Body {
+    vcpu: Box<dyn Vcpu>,
+    view: View,
+    inbox: Receiver<Order>,
+    looking: Arc<AtomicBool>,
+    /// The owner thread lets it run.
+    allowed: bool,
+    /// It has reported something that the owner thread must deal with, or halts for good.
+    blocked: bool,
+}
+
+impl Body {
+    fn run(mut self) {
+        while let Err(panic) = catch_unwind(AssertUnwindSafe(|| self.follow())) {
+            let text = panic_text(&*panic);
+            self.blocked = true;
+            self.view
+                .report(Report::Ended(RunEnd::Failed(format!("internal error, please report it: {text}"))));
+        }
+    }
+
+    /// Follows orders until told to quit.
+    fn follow(&mut self) {
+        loop {
+            let order = if self.allowed && !self.blocked {
+                match self.inbox.try_recv() {
+                    Ok(order) => Some(order),
+                    Err(TryRecvError::Empty) => None,
+                    Err(TryRecvError::Disconnected) => return,
+                }
+            } else {
+                match self.inbox.recv() {
+                    Ok(order) => Some(order),
+                    Err(_) => return,
+                }
+            };
+            match order {
+                None => self.enter(),
+                Some(Order::Run) => (self.allowed, self.blocked) = (true, false),
+                Some(Order::Stop) => {
+                    self.allowed = false;
+                    self.view.report(Report::Parked);
+                }
+                Some(Order::Look) => {
+                    self.looking.store(false, Ordering::SeqCst);
+                    if self.view.status.is(Activity::Halted) && self.view.left_by_halt() {
+                        self.blocked = false;
+                    }
+                }
+                Some(Order::Reset(state)) => self.reset(state.as_deref()),
+                Some(Order::Get(groups, reply)) => {
+                    let _ = reply.send(self.vcpu.get_state(groups));
+                }
+                Some(Order::Set(state, reply)) => {
+                    let _ = reply.send(self.vcpu.set_state(&state));
+                }
+                Some(Order::Stats(reply)) => {
+                    let _ = reply.send(self.vcpu.stats());
+                }
+                Some(Order::Quit) => return,
+            }
+        }
+    }
+
+    fn reset(&mut self, state: Option<&CpuState>) {
+        self.vcpu.reset();
+        self.view.status.reset(self.view.id);
+        if let Some(error) = state.and_then(|state| self.vcpu.set_state(state).err()) {
+            let text = format!("the boot state was refused: {error}");
+            self.view.report(Report::Ended(RunEnd::Failed(text)));
+        }
+    }
+
+    /// Runs the guest once.
+    fn enter(&mut self) {
+        self.view.left = false;
+        if self.view.status.is(Activity::Halted) {
+            self.view.status.set(Activity::Running);
+        }
+        let end = self.vcpu.run(&mut self.view);
+        match end {
+            // After an effect, the owner thread decides; else there is an order to look at.
+            RunEnd::Kicked => self.blocked = self.view.left,
+            RunEnd::Halted => {
+                self.view.status.set(Activity::Halted);
+                // What came between the vCPU's last look and this store has woken nobody.
+                self.blocked = !self.view.left_by_halt();
+                if self.blocked {
+                    self.view.report(Report::Halted);
+                }
+            }
+            end => {
+                self.blocked = true;
+                self.view.report(Report::Ended(end));
+            }
+        }
+    }
+}
+
+/// The machine as one vCPU sees it.
+struct View {
+    id: u32,
+    board: Arc<Board>,
+    status: Arc<Status>,
+    reports: Sender<Message>,
+    /// An effect was reported during this run.
+    left: bool,
+}
+
+impl View {
+    fn report(&self, report: Report) {
+        // The owner thread outlives this one, but for a failed start.
+        let _ = self.reports.send(Message::Report { vcpu: self.id, report });
+    }
+
+    fn flow(&mut self, outcome: Outcome) -> IoFlow {
+        if outcome.effect == Effect::None {
+            return IoFlow::Continue;
+        }
+        self.left = true;
+        self.report(Report::Effect(outcome));
+        IoFlow::Leave
+    }
+
+    /// Whether something waits that ends a halt with interrupts disabled.
+    fn left_by_halt(&self) -> bool {
+        let pending = self.board.apics.pending(self.id, monotonic_ns());
+        pending.nmi || pending.startup
+    }
+}
+
+impl VcpuIo for View {
+    fn port_read(&mut self, port: u16, width: u8) -> u32 {
+        self.board.bus.read(Space::Port, port.into(), width) as u32
+    }
+
+    fn port_write(&mut self, port: u16, width: u8, value: u32) -> IoFlow {
+        let outcome = self.board.bus.write(Space::Port, port.into(), width, value.into());
+        self.flow(outcome)
+    }
+
+    fn memory_read(&mut self, gpa: u64, width: u8) -> u64 {
+        match self.board.apics.mmio_offset(self.id, gpa) {
+            Some(offset) => self.board.apics.mmio_read(self.id, offset, width, monotonic_ns()),
+            None => self.board.bus.read(Space::Memory, gpa, width),
+        }
+    }
+
+    fn memory_write(&mut self, gpa: u64, width: u8, value: u64) -> IoFlow {
+        match self.board.apics.mmio_offset(self.id, gpa) {
+            Some(offset) => {
+                self.board.apics.mmio_write(self.id, offset, width, value, monotonic_ns());
+                IoFlow::Continue
+            }
+            None => {
+                let outcome = self.board.bus.write(Space::Memory, gpa, width, value);
+                self.flow(outcome)
+            }
+        }
+    }
+
+    fn interrupts(&mut self) -> Pending {
+        self.board.apics.pending(self.id, monotonic_ns())
+    }
+
+    fn acknowledge(&mut self) -> Option<u8> {
+        self.board.apics.acknowledge(self.id, monotonic_ns())
+    }
+
+    fn acknowledge_nmi(&mut self) {
+        self.board.apics.acknowledge_nmi(self.id);
+    }
+
+    fn acknowledge_startup(&mut self) -> Option<Startup> {
+        let startup = self.board.apics.acknowledge_startup(self.id, monotonic_ns());
+        match startup {
+            Some(Startup::Init) => self.status.reset(self.id),
+            Some(Startup::Sipi(_)) => self.status.set(Activity::Running),
+            None => {}
+        }
+        startup
+    }
+
+    fn cr8(&mut self) -> u8 {
+        self.board.apics.cr8(self.id)
+    }
+
+    fn set_cr8(&mut self, value: u8) {
+        self.board.apics.set_cr8(self.id, value);
+    }
+
+    fn apic_msr_read(&mut self, msr: u32) -> Option<u64> {
+        self.board.apics.msr_read(self.id, msr, monotonic_ns())
+    }
+
+    fn apic_msr_write(&mut self, msr: u32, value: u64) -> Option<IoFlow> {
+        self.board.apics.msr_write(self.id, msr, value, monotonic_ns()).map(|()| IoFlow::Continue)
+    }
+
+    fn send_ipis(&mut self, icr: u64, targets: &mut dyn Iterator<Item = u32>) {
+        self.board.apics.send_ipis(self.id, icr, targets);
+    }
+}
