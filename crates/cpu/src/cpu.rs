@@ -3,16 +3,16 @@
 use std::sync::Arc;
 
 use skep_hv::state::Segment;
-use skep_hv::{Pending, VcpuStats};
+use skep_hv::{HvError, Pending, VcpuStats};
 use skep_memory::GuestMemory;
 
 use crate::block::Blocks;
 use crate::fault::Raised;
 use crate::mmu::Tlb;
-use crate::native::Fpu;
+use crate::native::{Fpu, Thunks};
 use crate::regs::Regs;
 use crate::run::IoSlot;
-use crate::system::Msrs;
+use crate::system::{Msrs, Tsc};
 use crate::vm::{Mailbox, Shared};
 
 /// Segment registers in encoding order.
@@ -175,6 +175,10 @@ pub(crate) struct Cpu {
     pub(crate) debug_trap: u64,
     /// What the local APIC said last.
     pub(crate) pending: Pending,
+    /// Ask the local APIC again.
+    pub(crate) ask_apic: bool,
+    /// When to ask it again at the latest, monotonic ns.
+    pub(crate) deadline: u64,
 
     /// Task register.
     pub(crate) tr: Segment,
@@ -205,6 +209,10 @@ pub(crate) struct Cpu {
     /// PDPTEs of PAE paging, loaded with CR3 (SDM vol. 3A §4.4.1).
     pub(crate) pdpte: [u64; 4],
 
+    /// Guest TSC.
+    pub(crate) tsc: Tsc,
+    /// Native code for single instructions.
+    pub(crate) thunks: Thunks,
     /// x87, SSE, AVX state.
     pub(crate) fpu: Box<Fpu>,
     /// Model-specific registers.
@@ -243,5 +251,76 @@ impl Cpu {
     #[inline(always)]
     pub(crate) fn flag(&self, flag: u64) -> bool {
         self.rflags_rest & flag != 0
+    }
+}
+
+impl Cpu {
+    /// A processor in its power-on state.
+    pub(crate) fn new(
+        id: u32,
+        memory: GuestMemory,
+        shared: Arc<Shared>,
+        mailbox: Arc<Mailbox>,
+        tsc: Tsc,
+    ) -> Result<Box<Self>, HvError> {
+        let thunks =
+            Thunks::new().map_err(|source| HvError::Os { what: "executable memory for the software CPU", source })?;
+        let mut cpu = Box::new(Self {
+            regs: Regs::new(),
+            rip: 0,
+            status: 0,
+            mode: Mode {
+                cpl: 0,
+                code: CodeSize::Bits16,
+                stack_mask: 0xffff,
+                protected: false,
+                v86: false,
+                long: false,
+                paging: false,
+            },
+            raised: Raised::None,
+            tlb: Tlb::new(),
+            segs: [Segment::default(); 6],
+            rflags_rest: 2,
+            look: true,
+            sti_shadow: false,
+            mov_ss_shadow: false,
+            nmi_blocked: false,
+            halted: false,
+            wait_for_sipi: false,
+            shutdown: false,
+            leave: false,
+            debug_trap: 0,
+            pending: Pending::default(),
+            ask_apic: true,
+            deadline: u64::MAX,
+            tr: Segment::default(),
+            ldtr: Segment::default(),
+            gdtr: Table::default(),
+            idtr: Table::default(),
+            cr0: 0,
+            cr2: 0,
+            cr3: 0,
+            cr4: 0,
+            efer: 0,
+            xcr0: 1,
+            dr: [0; 4],
+            dr6: 0,
+            dr7: 0,
+            pdpte: [0; 4],
+            tsc,
+            thunks,
+            fpu: Box::new(Fpu::new()),
+            msrs: Msrs::new(id, &shared),
+            blocks: Blocks::new(),
+            io: IoSlot::empty(),
+            memory,
+            shared,
+            mailbox,
+            id,
+            stats: VcpuStats::default(),
+        });
+        cpu.power_on_reset();
+        Ok(cpu)
     }
 }

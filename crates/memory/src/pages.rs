@@ -2,7 +2,7 @@
 #![expect(unsafe_code, reason = "guest memory is reached through raw pointers, never through references")]
 
 use std::ptr::NonNull;
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering, fence};
 
 /// Bytes that one bit of a page's watch mask stands for.
 pub const WATCH_GRANULE: u64 = crate::PAGE_SIZE / 64;
@@ -70,6 +70,9 @@ impl Books {
         if self.logging.load(Ordering::Relaxed) {
             self.mark_dirty(page);
         }
+        // A decoder sets the watch, then reads the bytes; we have written the bytes and read the watch: one of us must see
+        // the other, which takes a full barrier on both sides.
+        fence(Ordering::SeqCst);
         let watch = &self.watch[page];
         if watch.load(Ordering::SeqCst) & mask(offset, len) != 0 {
             watch.store(0, Ordering::SeqCst);

@@ -5,6 +5,7 @@ mod access;
 mod tlb;
 mod walk;
 
+pub(crate) use access::MemWord;
 pub(crate) use tlb::{Code, Context, Tlb};
 
 /// What an access wants.

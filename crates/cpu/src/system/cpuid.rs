@@ -1,0 +1,64 @@
+//! CPUID, and the instructions that go with it: XGETBV, XSETBV.
+
+use iced_x86::{Instruction, Mnemonic};
+use skep_hv::cpuid::Processor;
+
+use crate::cpu::{Cpu, cr4};
+use crate::fault::Exec;
+use crate::op::{Handler, Op};
+use crate::regs::at;
+
+pub(crate) use skep_hv::cpuid::ARCH_CAPABILITIES;
+
+pub(super) fn select(insn: &Instruction, _: &mut Op) -> Option<Handler> {
+    Some(match insn.mnemonic() {
+        Mnemonic::Cpuid => cpuid,
+        Mnemonic::Xgetbv => xgetbv,
+        Mnemonic::Xsetbv => xsetbv,
+        _ => return None,
+    })
+}
+
+fn cpuid(cpu: &mut Cpu, _: &Op) -> Exec {
+    let (function, index) = (cpu.regs.get::<u32>(at::RAX), cpu.regs.get::<u32>(at::RCX));
+    let processor = Processor { apic_id: cpu.id, osxsave: cpu.cr4 & cr4::OSXSAVE != 0, xcr0: cpu.xcr0 };
+    let leaf = cpu.msrs.model.cpuid.lookup(function, index, &processor);
+    cpu.regs.set(at::RAX, leaf.eax);
+    cpu.regs.set(at::RBX, leaf.ebx);
+    cpu.regs.set(at::RCX, leaf.ecx);
+    cpu.regs.set(at::RDX, leaf.edx);
+    Ok(())
+}
+
+/// XCR0, or with ECX = 1 XCR0 & XINUSE (SDM vol. 1 §13.2; XINUSE may always be all ones).
+fn xgetbv(cpu: &mut Cpu, _: &Op) -> Exec {
+    if cpu.cr4 & cr4::OSXSAVE == 0 {
+        return Err(cpu.ud());
+    }
+    let xgetbv1 = cpu.msrs.model.cpuid.get(0xd, 1).is_some_and(|leaf| leaf.eax & 4 != 0);
+    match cpu.regs.get::<u32>(at::RCX) {
+        0 => {}
+        1 if xgetbv1 => {}
+        _ => return Err(cpu.gp(0)),
+    }
+    cpu.set_edx_eax(cpu.xcr0);
+    Ok(())
+}
+
+fn xsetbv(cpu: &mut Cpu, _: &Op) -> Exec {
+    if cpu.cr4 & cr4::OSXSAVE == 0 {
+        return Err(cpu.ud());
+    }
+    cpu.supervisor()?;
+    let value = cpu.edx_eax();
+    if cpu.regs.get::<u32>(at::RCX) != 0 || !xcr0_valid(value, cpu.msrs.model.xcr0) {
+        return Err(cpu.gp(0));
+    }
+    cpu.xcr0 = value;
+    Ok(())
+}
+
+/// SDM vol. 1 §13.3: x87 always; AVX needs SSE.
+pub(crate) fn xcr0_valid(value: u64, supported: u64) -> bool {
+    value & 1 != 0 && value & !supported == 0 && (value & 4 == 0 || value & 2 != 0)
+}
