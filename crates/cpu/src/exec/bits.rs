@@ -8,7 +8,6 @@ use crate::cpu::Cpu;
 use crate::fault::Exec;
 use crate::mmu::{Access, MemWord};
 use crate::op::{Handler, Op};
-use crate::regs::Word;
 
 trait Test {
     const WRITES: bool;

@@ -8,7 +8,7 @@ use crate::cpu::{CodeSize, Cpu, seg};
 use crate::fault::Exec;
 use crate::mmu::{Access, MemWord};
 use crate::op::{Handler, Op};
-use crate::regs::{BLOCK_RIP, Word, at};
+use crate::regs::{BLOCK_RIP, at};
 
 pub(super) fn select(insn: &Instruction, op: &mut Op, form: Form) -> Option<Handler> {
     let near = matches!(insn.op0_kind(), OpKind::NearBranch16 | OpKind::NearBranch32 | OpKind::NearBranch64);

@@ -35,7 +35,7 @@ pub(crate) trait MemWord: Word {
 }
 
 macro_rules! mem_word {
-    ($($t:ty, $atomic:ty, $class:ident, $m:literal, $a:literal;)*) => {$(
+    ($($t:ty, $atomic:ty, $class:ident, $m:literal, $a:tt;)*) => {$(
         impl MemWord for $t {
             #[inline(always)]
             unsafe fn load(at: *const u8) -> Self {
