@@ -253,13 +253,13 @@ pub enum BootError {
         /// Bytes.
         size: u64,
     },
-    /// More processors than the tables can hold.
-    #[error("cpus: {count} processors do not fit into the firmware tables; give at most {limit}")]
-    TooManyCpus {
+    /// No processor, or more than the firmware tables can hold.
+    #[error("cpus: {count} processors cannot be; give 1 to {limit}")]
+    Cpus {
         /// Processors asked for.
         count: u64,
         /// Most that fit.
-        limit: u64,
+        limit: u32,
     },
     /// Guest memory was not made from the layout that is being booted.
     #[error("boot: guest memory does not match the layout: {0}")]
@@ -300,7 +300,7 @@ impl BootError {
             Self::MemoryTooLarge { .. } => "ERR_MEMORY_TOO_LARGE",
             Self::MemoryAlignment { .. } => "ERR_MEMORY_ALIGNMENT",
             Self::RomSize { .. } => "ERR_ROM_SIZE",
-            Self::TooManyCpus { .. } => "ERR_CPUS_TOO_MANY",
+            Self::Cpus { .. } => "ERR_CPUS_RANGE",
             Self::Memory(_) => "ERR_BOOT_MEMORY",
         }
     }
@@ -328,7 +328,7 @@ impl BootError {
                 "memory".into()
             }
             Self::RomSize { .. } => "boot.rom".into(),
-            Self::TooManyCpus { .. } => "cpus".into(),
+            Self::Cpus { .. } => "cpus".into(),
         }
     }
 }

@@ -235,7 +235,7 @@ mod tests {
         assert!(Command::new("mkfifo").arg(at("fifo")).status().unwrap().success());
         let socket = std::os::unix::net::UnixListener::bind(at("socket")).unwrap();
         std::fs::write(at("secret"), [1]).unwrap();
-        std::fs::set_permissions(at("secret"), PermissionsExt::from_mode(0)).unwrap();
+        std::fs::set_permissions(at("secret"), PermissionsExt::from_mode(0o000)).unwrap();
         assert_eq!(code(&at("none")), "ERR_KERNEL_MISSING");
         assert_eq!(code(&dir), "ERR_KERNEL_IS_DIRECTORY");
         assert_eq!(code(&at("empty")), "ERR_KERNEL_EMPTY");
@@ -260,7 +260,7 @@ mod tests {
             100
         }
         fn read_at(&self, offset: u64, into: &mut [u8]) -> io::Result<usize> {
-            if self.0.fetch_add(1, std::sync::atomic::Ordering::Relaxed) % 2 == 0 {
+            if self.0.fetch_add(1, std::sync::atomic::Ordering::Relaxed).is_multiple_of(2) {
                 return Err(io::ErrorKind::Interrupted.into());
             }
             if offset >= 90 {

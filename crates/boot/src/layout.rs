@@ -133,10 +133,10 @@ impl MemoryLayout {
         if size > MAX_MEMORY {
             return Err(BootError::MemoryTooLarge { size, limit: MAX_MEMORY });
         }
-        if size % PAGE_SIZE != 0 {
+        if !size.is_multiple_of(PAGE_SIZE) {
             return Err(BootError::MemoryAlignment { size });
         }
-        if rom > MAX_ROM || rom % PAGE_SIZE != 0 {
+        if rom > MAX_ROM || !rom.is_multiple_of(PAGE_SIZE) {
             return Err(BootError::RomSize { name: "the ROM image".into(), size: rom });
         }
         Ok(Self { size, rom })

@@ -9,10 +9,12 @@
 //! things are put into the same place.
 #![forbid(unsafe_code)]
 
+mod acpi;
 mod bytes;
 mod elf;
 mod entry;
 mod error;
+mod firmware;
 mod input;
 mod kernel;
 pub mod layout;
@@ -21,6 +23,7 @@ mod multiboot;
 mod platform;
 mod pvh;
 mod rom;
+mod smbios;
 mod space;
 #[cfg(test)]
 mod testing;
@@ -34,7 +37,7 @@ use skep_memory::{GuestMemory, PAGE_SIZE};
 pub use error::{BootError, Role};
 pub use input::{Input, Source};
 pub use layout::MemoryLayout;
-pub use platform::Platform;
+pub use platform::{MAX_CPUS, Platform};
 
 /// What is to be booted, by file names: the `boot` part of a machine's configuration.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -94,7 +97,7 @@ impl Payload {
                 return conflict("boot.rom", "takes no initrd, modules or command line; remove them");
             }
             let rom = Input::open(Role::Rom, rom)?;
-            if rom.size() > layout::MAX_ROM || rom.size() % PAGE_SIZE != 0 {
+            if rom.size() > layout::MAX_ROM || !rom.size().is_multiple_of(PAGE_SIZE) {
                 return Err(BootError::RomSize { name: rom.name().into(), size: rom.size() });
             }
             return Ok(Self::Rom(rom));
@@ -178,7 +181,7 @@ pub fn load(memory: &GuestMemory, options: &BootOptions) -> Result<Loaded, BootE
     match &options.payload {
         Payload::Rom(rom) => rom::load(memory, layout, rom),
         Payload::Kernel { kernel, initrd, modules, cmdline } => {
-            let rsdp = layout::ACPI_TABLES;
+            let rsdp = firmware::write(memory, layout, &options.platform)?;
             kernel::load(kernel::Boot {
                 memory,
                 space: space::Space::new(layout),

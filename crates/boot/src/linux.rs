@@ -81,7 +81,7 @@ impl Header {
         let relocatable = version >= 0x205 && fixed[0x234] != 0;
         let alignment = u64::from(since(0x205, long(0x230), 0x1000)).max(0x1000);
         let preferred = if version >= 0x20a { u64_at(fixed, 0x258).unwrap_or(0) } else { HIGH_MEMORY };
-        if !alignment.is_power_of_two() || preferred < HIGH_MEMORY || preferred >= FOUR_GIB {
+        if !alignment.is_power_of_two() || !(HIGH_MEMORY..FOUR_GIB).contains(&preferred) {
             return Err(input.format(format!(
                 "wants to be at {preferred:#x}, aligned to {alignment:#x}, which cannot be; it is damaged"
             )));

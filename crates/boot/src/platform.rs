@@ -1,5 +1,8 @@
 //! What the firmware tables tell of the machine.
 
+/// Most processors that the firmware tables have room for.
+pub const MAX_CPUS: u32 = 512;
+
 /// The machine as ACPI and SMBIOS describe it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Platform {

@@ -25,7 +25,7 @@ mod tests {
     use crate::{Payload, Role};
 
     fn rom(size: usize) -> (Vec<u8>, Payload) {
-        let image: Vec<u8> = (0..size as u32).map(|i| (i * 7 >> 4) as u8).collect();
+        let image: Vec<u8> = (0..size as u32).map(|i| ((i * 7) >> 4) as u8).collect();
         (image.clone(), Payload::Rom(Input::bytes(Role::Rom, "rom", image).unwrap()))
     }
 
