@@ -16,6 +16,8 @@ pub(crate) mod alu;
 pub(crate) mod block;
 pub(crate) mod cpu;
 pub(crate) mod decode;
+#[doc(hidden)]
+pub mod drive;
 pub(crate) mod exec;
 pub(crate) mod fault;
 pub(crate) mod mmu;

@@ -352,7 +352,7 @@ impl Cpu {
     }
 
     /// One instruction under single step, interrupt shadow or breakpoints, with what follows from it.
-    fn step_and_deliver(&mut self) {
+    pub(crate) fn step_and_deliver(&mut self) {
         let linear = self.code_linear();
         if self.dr7 & 0xff != 0 && !self.flag(fl::RF) && !self.mov_ss_shadow && self.instruction_breakpoint(linear) {
             self.deliver_exception(Exception { vector: vector::DB, error: None });

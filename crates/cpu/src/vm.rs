@@ -40,7 +40,7 @@ pub(crate) struct Mailbox {
 }
 
 impl Mailbox {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self {
             attention: AtomicU32::new(0),
             in_guest: AtomicBool::new(false),
@@ -98,7 +98,7 @@ pub(crate) struct Shared {
 }
 
 impl Shared {
-    fn new(options: VmOptions) -> Arc<Self> {
+    pub(crate) fn new(options: VmOptions) -> Arc<Self> {
         let mailboxes = (0..options.vcpus).map(|_| Arc::new(Mailbox::new())).collect();
         let tsc_hz = options.tsc_hz.unwrap_or_else(system::host_tsc_hz);
         Arc::new(Self { cpuid: options.cpuid, tsc_hz, mailboxes, flushes: AtomicU64::new(0), alone: AtomicBool::new(false) })

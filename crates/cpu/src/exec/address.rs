@@ -60,6 +60,7 @@ impl Cpu {
         self.legacy_linear(segment, offset, size, access)
     }
 
+    #[inline(never)]
     fn legacy_linear(&mut self, segment: usize, offset: u64, size: u64, access: Access) -> Exec<u64> {
         let s = self.segs[segment];
         let (access_type, code) = (s.access & 0xf, s.access & 8 != 0);

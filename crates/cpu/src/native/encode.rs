@@ -178,7 +178,10 @@ pub(super) fn encode(insn: &Instruction, bytes: &[u8], code: CodeSize, target: T
     {
         *rex &= !3;
     }
-    let mut out = parts.prefixes;
+    let mut out = Vec::with_capacity(LONGEST);
+    // Of several prefixes the last F2 or F3 counts, and one 66.
+    out.extend(parts.prefixes.iter().find(|&&p| p == 0x66));
+    out.extend(parts.prefixes.iter().rfind(|&&p| p != 0x66));
     out.extend(parts.rex);
     match *parts.vex {
         [escape, mut r_vvvv] => {
@@ -217,10 +220,6 @@ pub(super) fn encode(insn: &Instruction, bytes: &[u8], code: CodeSize, target: T
     if legacy_mode && is4(insn) {
         // The register in the immediate has three bits outside 64-bit mode.
         *out.last_mut()? &= 0x7f;
-    }
-    if out.len() > LONGEST {
-        // Only redundant prefixes make it this long.
-        return None;
     }
     verify(insn, &out).then_some(Encoded { bytes: out, modrm: original })
 }
