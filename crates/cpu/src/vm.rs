@@ -1,5 +1,6 @@
 //! What the machine sees: the hypervisor contract on the software CPU, and how its vCPUs reach one another.
 
+use std::ptr::NonNull;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Duration;
@@ -174,9 +175,12 @@ impl Cpu {
         self.mailbox.flushed.fetch_max(number, Ordering::SeqCst);
     }
 
-    /// Makes every vCPU of the VM forget cached write permissions: a page has become watched.
-    pub(crate) fn everyone_forgets_writes(&mut self) {
-        self.tlb.forget_writes();
+    /// Makes every vCPU of the VM forget cached write permissions to these pages (of the host): they have become watched.
+    pub(crate) fn everyone_forgets_writes(&mut self, pages: [NonNull<u8>; 2]) {
+        self.tlb.forget_writes_to(pages[0]);
+        if pages[1] != pages[0] {
+            self.tlb.forget_writes_to(pages[1]);
+        }
         let was_in = self.mailbox.in_guest.swap(false, Ordering::SeqCst);
         self.shared.flush_others(Some(self.id));
         if was_in {

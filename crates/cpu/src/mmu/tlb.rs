@@ -248,6 +248,16 @@ impl Tlb {
             entry.write = INVALID;
         }
     }
+
+    /// As [`Tlb::forget_writes`], for one page of guest memory.
+    pub(crate) fn forget_writes_to(&mut self, host: NonNull<u8>) {
+        let host = host.as_ptr() as u64;
+        for entry in self.arrays.as_flattened_mut() {
+            if entry.write != INVALID && entry.delta.wrapping_add(entry.write & !(PAGE - 1)) == host {
+                entry.write = INVALID;
+            }
+        }
+    }
 }
 
 fn large_bit(linear: u64) -> usize {
