@@ -1,4 +1,12 @@
 //! CPUID: a table of leaves, and the policy that builds it from the host's by an allow-list.
+//!
+//! The policy shows an Intel processor whatever the host is, because the privileged half of the software CPU follows
+//! Intel's manual. Of the host's features it lets through those that are executed on the host's own units; what the
+//! software CPU executes by itself is there on every host.
+
+mod policy;
+
+pub use policy::{PolicyOptions, features, policy};
 
 /// One CPUID answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -19,6 +27,45 @@ pub struct CpuidTable {
     leaves: Vec<((u32, u32), CpuidLeaf)>,
 }
 
+/// What CPUID's answers depend on beside the table.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Processor {
+    /// APIC ID.
+    pub apic_id: u32,
+    /// CR4.OSXSAVE.
+    pub osxsave: bool,
+    /// XCR0.
+    pub xcr0: u64,
+}
+
+/// IA32_ARCH_CAPABILITIES as the policy's processor has it: RDCL_NO, IBRS_ALL, SKIP_L1DFL_VMENTRY, SSB_NO, MDS_NO,
+/// IF_PSCHANGE_MC_NO, TAA_NO, SBDR_SSDP_NO, FBSDP_NO, PSDP_NO, BHI_NO, PBRSB_NO, GDS_NO, RFDS_NO, ITS_NO.
+///
+/// These are statements about speculation, and the processor that the guest sees does not speculate: it is an
+/// interpreter (or a translator whose checks are the guest's page tables). What leaks through the host's own processor
+/// leaks between this process and others; guest code cannot defend against it by flushing or fencing in here, and one
+/// guest is all there is in a process. So guests are told that they need no mitigation, and pay for none.
+pub const ARCH_CAPABILITIES: u64 = 1 << 0
+    | 1 << 1
+    | 1 << 3
+    | 1 << 4
+    | 1 << 5
+    | 1 << 6
+    | 1 << 8
+    | 1 << 13
+    | 1 << 14
+    | 1 << 15
+    | 1 << 20
+    | 1 << 24
+    | 1 << 26
+    | 1 << 27
+    | 1 << 62;
+
+/// Leaf 1 ECX: OSXSAVE, a copy of CR4.OSXSAVE.
+const OSXSAVE: u32 = 1 << 27;
+/// First and last leaf of the range set aside for hypervisors.
+const HYPERVISOR: std::ops::RangeInclusive<u32> = 0x4000_0000..=0x4fff_ffff;
+
 impl CpuidTable {
     /// Sets one leaf. `index` is 0 for functions that ignore ECX.
     pub fn set(&mut self, function: u32, index: u32, leaf: CpuidLeaf) {
@@ -37,4 +84,85 @@ impl CpuidTable {
     pub fn iter(&self) -> impl Iterator<Item = (u32, u32, CpuidLeaf)> + '_ {
         self.leaves.iter().map(|&((function, index), leaf)| (function, index, leaf))
     }
+
+    /// What the instruction answers on one processor: SDM vol. 2A, CPUID. A function above the last one of its range is
+    /// answered with the highest basic leaf; a function without a leaf, or a sub-leaf that does not exist, with zeros.
+    pub fn lookup(&self, function: u32, index: u32, processor: &Processor) -> CpuidLeaf {
+        let last_basic = self.get(0, 0).map_or(0, |leaf| leaf.eax);
+        let in_range = match function {
+            0..0x4000_0000 => function <= last_basic,
+            _ if HYPERVISOR.contains(&function) => self.get(*HYPERVISOR.start(), 0).is_some(),
+            0x8000_0000.. => self.get(0x8000_0000, 0).is_some_and(|leaf| function <= leaf.eax),
+            _ => false,
+        };
+        let function = if in_range { function } else { last_basic };
+        let with_index =
+            matches!(function, 4 | 7 | 0xb | 0xd | 0xf | 0x10 | 0x12 | 0x14 | 0x17 | 0x18 | 0x1f);
+        let mut leaf = self.get(function, if with_index { index } else { 0 }).unwrap_or_default();
+        match (function, index) {
+            (1, _) => {
+                leaf.ebx = leaf.ebx & 0x00ff_ffff | processor.apic_id << 24;
+                leaf.ecx = leaf.ecx & !OSXSAVE | if processor.osxsave { OSXSAVE } else { 0 };
+            }
+            (0xb, _) => {
+                leaf.ecx = leaf.ecx & !0xff | index & 0xff;
+                leaf.edx = processor.apic_id;
+            }
+            // The size of the XSAVE area for what XCR0 enables now; XSAVES' for sub-leaf 1.
+            (0xd, 0) => leaf.ebx = self.xsave_size(processor.xcr0, false),
+            (0xd, 1) if leaf.eax & 0xa != 0 => leaf.ebx = self.xsave_size(processor.xcr0, true),
+            _ => {}
+        }
+        leaf
+    }
+
+    /// Bytes of the XSAVE area for the components in `xcr0` (SDM vol. 1 §13.4.3), in standard or compacted format.
+    pub fn xsave_size(&self, xcr0: u64, compacted: bool) -> u32 {
+        (2..63).filter(|&component| xcr0 & 1 << component != 0).fold(576, |size, component| {
+            let leaf = self.get(0xd, component).unwrap_or_default();
+            if compacted {
+                let start = if leaf.ecx & 2 != 0 { size.div_ceil(64) * 64 } else { size };
+                start + leaf.eax
+            } else {
+                size.max(leaf.ebx.saturating_add(leaf.eax))
+            }
+        })
+    }
+}
+
+/// The host's own CPUID.
+#[cfg(target_arch = "x86_64")]
+pub fn host() -> CpuidTable {
+    use std::arch::x86_64::__cpuid_count;
+    let read = |function, index| {
+        let answer = __cpuid_count(function, index);
+        CpuidLeaf { eax: answer.eax, ebx: answer.ebx, ecx: answer.ecx, edx: answer.edx }
+    };
+    let mut table = CpuidTable::default();
+    let last_basic = read(0, 0).eax.min(0xff);
+    for function in 0..=last_basic {
+        let indices = match function {
+            4 | 0x14 | 0x18 => 8,
+            7 => read(7, 0).eax.min(7) + 1,
+            0xb | 0x1f => 6,
+            0xd => 63,
+            _ => 1,
+        };
+        for index in 0..indices {
+            table.set(function, index, read(function, index));
+        }
+    }
+    if read(1, 0).ecx & 1 << 31 != 0 {
+        let last = read(0x4000_0000, 0).eax;
+        for function in 0x4000_0000..=last.clamp(0x4000_0000, 0x4000_00ff) {
+            table.set(function, 0, read(function, 0));
+        }
+    }
+    let last_extended = read(0x8000_0000, 0).eax;
+    if (0x8000_0000..0x8000_0100).contains(&last_extended) {
+        for function in 0x8000_0000..=last_extended {
+            table.set(function, 0, read(function, 0));
+        }
+    }
+    table
 }
