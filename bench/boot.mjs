@@ -28,9 +28,12 @@ function options() {
   })
   const runs = Number(values.runs)
   const cpus = values.cpus.split(',').map(Number)
-  if (!Number.isInteger(runs) || runs < 1) throw new Failure(`--runs ${values.runs}: a whole number of at least 1 is wanted`, 2)
-  if (!cpus.every((n) => Number.isInteger(n) && n > 0)) throw new Failure(`--cpus ${values.cpus}: numbers with commas are wanted`, 2)
-  if (values.only && !['skep', 'qemu'].includes(values.only)) throw new Failure(`--only ${values.only}: skep or qemu`, 2)
+  if (!Number.isInteger(runs) || runs < 1)
+    throw new Failure(`--runs ${values.runs}: a whole number of at least 1 is wanted`, 2)
+  if (!cpus.every((n) => Number.isInteger(n) && n > 0))
+    throw new Failure(`--cpus ${values.cpus}: numbers with commas are wanted`, 2)
+  if (values.only && !['skep', 'qemu'].includes(values.only))
+    throw new Failure(`--only ${values.only}: skep or qemu`, 2)
   return { ...values, runs, cpus }
 }
 
@@ -43,7 +46,15 @@ function contenders({ qemu, memory, only }, guest) {
       key: 'skep',
       start: (cpus) => [
         process.execPath,
-        [script, JSON.stringify({ cpus, memory, accelerator: 'software', boot: { kernel: guest.kernel, initrd: guest.initrd, cmdline: guest.cmdline } })],
+        [
+          script,
+          JSON.stringify({
+            cpus,
+            memory,
+            accel: 'software',
+            boot: { kernel: guest.kernel, initrd: guest.initrd, cmdline: guest.cmdline },
+          }),
+        ],
       ],
     },
     {
@@ -51,8 +62,20 @@ function contenders({ qemu, memory, only }, guest) {
       key: 'qemu',
       start: (cpus) => [
         qemu,
-        ['-accel', 'tcg', '-machine', 'q35', '-smp', `${cpus}`, '-m', memory, '-nodefaults', '-display', 'none', '-no-reboot']
-          .concat(['-serial', 'stdio', '-kernel', guest.kernel, '-initrd', guest.initrd, '-append', guest.cmdline]),
+        [
+          '-accel',
+          'tcg',
+          '-machine',
+          'q35',
+          '-smp',
+          `${cpus}`,
+          '-m',
+          memory,
+          '-nodefaults',
+          '-display',
+          'none',
+          '-no-reboot',
+        ].concat(['-serial', 'stdio', '-kernel', guest.kernel, '-initrd', guest.initrd, '-append', guest.cmdline]),
       ],
     },
   ]
@@ -66,7 +89,8 @@ await main(async () => {
   const chosen = options()
   await checkTools({ guests: true })
   const qemuVersion = chosen.only === 'skep' ? undefined : await output(chosen.qemu, ['--version'])
-  if (chosen.only !== 'skep' && !qemuVersion) throw new Failure(`${chosen.qemu} is missing: sudo apt install qemu-system-x86`)
+  if (chosen.only !== 'skep' && !qemuVersion)
+    throw new Failure(`${chosen.qemu} is missing: sudo apt install qemu-system-x86`)
   await build()
   const guest = await prepareGuest()
   const about = { ...(await host()), qemu: qemuVersion?.split('\n')[0], guest, memory: chosen.memory }
@@ -98,13 +122,22 @@ await main(async () => {
       const mips = work === undefined ? undefined : work / 1000 / cpuMs
       summary.push({ name, cpus, wallMs, cpuMs, instructions: work, mips, estimated })
       const mark = estimated ? ' (est.)' : ''
-      rows.push([name, cpus, seconds(wallMs), seconds(cpuMs), work ? `${(work / 1e9).toFixed(2)}${mark}` : '–', mips ? `${mips.toFixed(0)}${mark}` : '–'])
+      rows.push([
+        name,
+        cpus,
+        seconds(wallMs),
+        seconds(cpuMs),
+        work ? `${(work / 1e9).toFixed(2)}${mark}` : '–',
+        mips ? `${mips.toFixed(0)}${mark}` : '–',
+      ])
     }
   }
 
   const folder = join(root, 'bench/results')
   mkdirSync(folder, { recursive: true })
   const file = join(folder, `boot-${about.date.replaceAll(':', '')}.json`)
-  writeFileSync(file, `${JSON.stringify({ about: { ...about, guest: { ...guest, prompt: String(guest.prompt) } }, summary, samples }, null, 2)}\n`)
-  process.stdout.write(`${table(rows)}\n\nMedians of ${chosen.runs}. est.: the instruction count is Skep's for the same guest.\n${file}\n`)
+  writeFileSync(file, `${JSON.stringify({ about, summary, samples }, null, 2)}\n`)
+  process.stdout.write(
+    `${table(rows)}\n\nMedians of ${chosen.runs}. est.: the instruction count is Skep's for the same guest.\n${file}\n`,
+  )
 })

@@ -93,13 +93,22 @@ function npmPackages() {
 }
 
 async function crates() {
-  const text = await output('cargo', ['metadata', '--format-version', '1', '--locked', '--filter-platform', 'x86_64-unknown-linux-gnu'])
+  const text = await output('cargo', [
+    'metadata',
+    '--format-version',
+    '1',
+    '--locked',
+    '--filter-platform',
+    'x86_64-unknown-linux-gnu',
+  ])
   if (!text) throw new Failure('cargo metadata failed: is Cargo.lock up to date?')
   const { packages, workspace_members: ours, resolve } = JSON.parse(text)
   const members = new Set(ours)
   const used = new Set(resolve.nodes.map((node) => node.id))
   const direct = new Set(
-    resolve.nodes.filter((node) => members.has(node.id)).flatMap((node) => node.deps.map((dependency) => dependency.pkg)),
+    resolve.nodes
+      .filter((node) => members.has(node.id))
+      .flatMap((node) => node.deps.map((dependency) => dependency.pkg)),
   )
   return packages
     .filter((one) => used.has(one.id) && !members.has(one.id))
@@ -126,7 +135,9 @@ function table(title, list) {
     '| name | version | licence | unpacked |',
     '|---|---|---|---|',
     ...rows,
-    rest.length > 0 ? `\n${rest.length} more come with them (${(size / 1024 / 1024).toFixed(1)} MiB): ${names.join(', ')}.` : '',
+    rest.length > 0
+      ? `\n${rest.length} more come with them (${(size / 1024 / 1024).toFixed(1)} MiB): ${names.join(', ')}.`
+      : '',
   ].join('\n')
 }
 
@@ -136,15 +147,23 @@ if (basename(process.argv[1] ?? '') === 'licences.mjs') {
     const cargo = await crates()
     if (process.argv.includes('--list')) {
       const parts = [
-        table('npm, shipped', npm.filter((one) => !one.tool)),
-        table('npm, for development', npm.filter((one) => one.tool)),
+        table(
+          'npm, shipped',
+          npm.filter((one) => !one.tool),
+        ),
+        table(
+          'npm, for development',
+          npm.filter((one) => one.tool),
+        ),
         table('cargo', cargo),
       ]
       process.stdout.write(`${parts.join('\n\n')}\n`)
     }
     const refused = [...npm, ...cargo].filter((one) => !satisfies(one.licence, one.tool ? ALLOWED_FOR_TOOLS : ALLOWED))
     if (refused.length > 0) {
-      throw new Failure(`licences that are not allowed:\n${refused.map((one) => `  ${one.name} ${one.version}: ${one.licence}`).join('\n')}`)
+      throw new Failure(
+        `licences that are not allowed:\n${refused.map((one) => `  ${one.name} ${one.version}: ${one.licence}`).join('\n')}`,
+      )
     }
     process.stderr.write(`${npm.length} npm packages and ${cargo.length} crates: every licence is allowed\n`)
   })

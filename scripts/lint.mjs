@@ -10,7 +10,11 @@ await main(async () => {
   await build()
   await step('cargo fmt --check', (step) => run('cargo', ['fmt', '--all', '--check'], { log: 'cargo-fmt', step }))
   await step('cargo clippy', (step) =>
-    run('cargo', ['clippy', '--workspace', '--all-targets', '--', '-D', 'warnings'], { log: 'clippy', step, milestone: isCompiling }),
+    run('cargo', ['clippy', '--workspace', '--all-targets', '--', '-D', 'warnings'], {
+      log: 'clippy',
+      step,
+      milestone: isCompiling,
+    }),
   )
   await step('biome', (step) => run(bin('biome'), ['check', '.'], { log: 'biome', step }))
   await step('types', (step) => run('npm', ['run', '--silent', 'typecheck'], { log: 'typecheck', step }))

@@ -16,7 +16,9 @@ const COMMAND_TIMEOUT = 60_000
 
 /** Hands the terminal to `skep run`; its exit status tells how the guest ended, and a power-off is what one wants. */
 async function interactive(guest) {
-  process.stderr.write('\nThe guest has this terminal now. `poweroff -f` ends it, and so does ^] followed by a full stop.\n\n')
+  process.stderr.write(
+    '\nThe guest has this terminal now. `poweroff -f` ends it, and so does ^] followed by a full stop.\n\n',
+  )
   const args = ['run', '--kernel', guest.kernel, '--initrd', guest.initrd, '--cmdline', guest.cmdline]
   args.push('--memory', MACHINE.memory, '--cpus', `${MACHINE.cpus}`, '--serial', 'stdio')
   const child = spawn(process.execPath, [join(root, 'dist/cli/main.js'), ...args], { stdio: 'inherit' })
@@ -50,7 +52,8 @@ async function unattended(guest) {
       await console.waitFor(prompt, { timeout: COMMAND_TIMEOUT })
       console.write('poweroff -f\n')
       const { reason, status, detail } = await vm.exited
-      if (reason !== 'power-off') throw new Failure(`the guest ended by ${reason} (status ${status})${detail ? `: ${detail}` : ''}`)
+      if (reason !== 'power-off')
+        throw new Failure(`the guest ended by ${reason} (status ${status})${detail ? `: ${detail}` : ''}`)
     })
   } finally {
     await vm[Symbol.asyncDispose]()

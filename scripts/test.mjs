@@ -38,7 +38,8 @@ async function cargo(totals) {
   })
 }
 
-const isCargoFailure = (line) => /^test .* FAILED$|^error(\[|:)|panicked at|^\s+left: |^\s+right: |^assertion /.test(line)
+const isCargoFailure = (line) =>
+  /^test .* FAILED$|^error(\[|:)|panicked at|^\s+left: |^\s+right: |^assertion /.test(line)
 
 async function vitest(project, totals) {
   await step(`vitest ${project}`, async (step) => {

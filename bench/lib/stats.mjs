@@ -11,6 +11,12 @@ export function median(samples) {
 export function table(rows) {
   const widths = rows[0].map((_, column) => Math.max(...rows.map((row) => String(row[column]).length)))
   const line = (row) =>
-    row.map((cell, i) => (typeof cell === 'number' || /^[\d.–-]/.test(cell) ? String(cell).padStart(widths[i]) : String(cell).padEnd(widths[i]))).join('  ')
+    row
+      .map((cell, i) =>
+        typeof cell === 'number' || /^[\d.–-]/.test(cell)
+          ? String(cell).padStart(widths[i])
+          : String(cell).padEnd(widths[i]),
+      )
+      .join('  ')
   return [line(rows[0]), widths.map((width) => '─'.repeat(width)).join('  '), ...rows.slice(1).map(line)].join('\n')
 }

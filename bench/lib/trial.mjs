@@ -14,7 +14,7 @@ function cpuTime(pid) {
  * Starts a program whose stdout is the guest's serial console and waits until `marker` shows.
  * @param {string} command
  * @param {string[]} args
- * @param {{ marker: RegExp, timeout: number }} options timeout in ms
+ * @param {{ marker: string, timeout: number }} options timeout in ms
  * @returns {Promise<{ wallMs: number, cpuMs: number, report?: unknown }>} `report` is what a program prints as JSON on
  *   its third descriptor once it is told to end (SIGTERM)
  */
@@ -29,7 +29,7 @@ export function trial(command, args, { marker, timeout }) {
     const timer = setTimeout(() => child.kill('SIGKILL'), timeout)
     child.stdout.setEncoding('latin1').on('data', (chunk) => {
       text += chunk
-      if (result || !marker.test(text)) return
+      if (result || !text.includes(marker)) return
       result = { wallMs: performance.now() - started, cpuMs: cpuTime(child.pid) }
       child.kill('SIGTERM')
     })
@@ -43,7 +43,12 @@ export function trial(command, args, { marker, timeout }) {
     child.once('close', (code, signal) => {
       clearTimeout(timer)
       if (result) resolve(report ? { ...result, report: JSON.parse(report) } : result)
-      else reject(new Error(`${command} did not reach ${marker} (status ${code ?? signal}):\n${errors}\n${text.slice(-2000)}`))
+      else
+        reject(
+          new Error(
+            `${command} did not print ${JSON.stringify(marker)} (status ${code ?? signal}):\n${errors}\n${text.slice(-2000)}`,
+          ),
+        )
     })
   })
 }

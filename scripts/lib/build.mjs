@@ -37,8 +37,12 @@ async function buildNative() {
 
 /** dist/ from ts/. */
 async function buildTypeScript() {
-  const worked = await unlessDone('typescript', fingerprint(TYPESCRIPT, [process.version]), ['dist/index.js', 'dist/cli/main.js'], () =>
-    step('build TypeScript (tsc)', (step) => run('npm', ['run', '--silent', 'build:ts'], { log: 'build-ts', step })),
+  const worked = await unlessDone(
+    'typescript',
+    fingerprint(TYPESCRIPT, [process.version]),
+    ['dist/index.js', 'dist/cli/main.js'],
+    () =>
+      step('build TypeScript (tsc)', (step) => run('npm', ['run', '--silent', 'build:ts'], { log: 'build-ts', step })),
   )
   if (!worked) skip('TypeScript is up to date')
 }

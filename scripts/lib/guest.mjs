@@ -5,12 +5,11 @@ export const DEFAULT_GUEST = 'debian-cloud'
 
 /**
  * Prepares the default guest (at once when it is cached).
- * @returns {Promise<{ name: string, kernel: string, initrd: string, cmdline: string, prompt: RegExp }>}
+ * @returns {Promise<{ name: string, kernel: string, initrd: string, cmdline: string, prompt: string }>}
  */
 export async function prepareGuest(name = DEFAULT_GUEST) {
   const { prepareImage } = await import('../../dist/index.js')
   return await step(`prepare the guest ${name}`, async (step) => {
-    const image = await prepareImage(name, { onProgress: (progress) => step.note(progress.message ?? String(progress)) })
-    return { name, ...image, prompt: /[#$] $/ }
+    return await prepareImage(name, { onProgress: ({ message }) => step.note(message) })
   })
 }

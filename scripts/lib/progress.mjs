@@ -39,7 +39,8 @@ class Step {
     } else {
       this.#say(`▸ ${title}`)
       this.#timer = setInterval(() => {
-        if (Date.now() - this.#spoken >= HEARTBEAT) this.#say(`  … ${title}: ${duration(this.elapsed)}${this.#last ? `, ${this.#last}` : ''}`)
+        if (Date.now() - this.#spoken >= HEARTBEAT)
+          this.#say(`  … ${title}: ${duration(this.elapsed)}${this.#last ? `, ${this.#last}` : ''}`)
       }, 1_000)
     }
     this.#timer.unref()

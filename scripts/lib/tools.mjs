@@ -18,7 +18,11 @@ const TOOLS = [
 ]
 
 const GUEST_TOOLS = [
-  { name: 'apt-get', args: ['--version'], remedy: 'package apt; guests are made from Debian packages, so a Debian or Ubuntu host is needed' },
+  {
+    name: 'apt-get',
+    args: ['--version'],
+    remedy: 'package apt; guests are made from Debian packages, so a Debian or Ubuntu host is needed',
+  },
   { name: 'dpkg-deb', args: ['--version'], remedy: 'sudo apt install dpkg' },
 ]
 
@@ -45,7 +49,9 @@ function atLeast(version, wanted) {
 export async function checkTools({ guests = false, tests = false } = {}) {
   const problems = []
   if (!atLeast(process.versions.node, '20.19')) {
-    problems.push(`node ${process.versions.node} is too old, 20.19 is needed: https://nodejs.org or sudo apt install nodejs (Debian 13)`)
+    problems.push(
+      `node ${process.versions.node} is too old, 20.19 is needed: https://nodejs.org or sudo apt install nodejs (Debian 13)`,
+    )
   }
   if (process.platform !== 'linux' || process.arch !== 'x64') {
     problems.push(`Skep runs on x86-64 Linux; this is ${process.platform} on ${process.arch}`)
@@ -61,7 +67,9 @@ export async function checkTools({ guests = false, tests = false } = {}) {
     const answer = answers[index]
     const version = answer?.match(/\d+(\.\d+)+/)?.[0]
     if (answer === undefined) problems.push(`${name} is missing: ${remedy}`)
-    else if (at && version && !atLeast(version, at)) problems.push(`${name} ${version} is too old, ${at} is needed: ${remedy}`)
+    else if (at && version && !atLeast(version, at))
+      problems.push(`${name} ${version} is too old, ${at} is needed: ${remedy}`)
   }
-  if (problems.length > 0) throw new Failure(`This machine lacks something:\n${problems.map((p) => `  ${p}`).join('\n')}`)
+  if (problems.length > 0)
+    throw new Failure(`This machine lacks something:\n${problems.map((p) => `  ${p}`).join('\n')}`)
 }

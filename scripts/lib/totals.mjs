@@ -28,7 +28,9 @@ export function libtestResult(line) {
 /** Reads vitest's JSON report. A file that could not even be loaded counts as one failure. */
 export function vitestResult(path) {
   const report = JSON.parse(readFileSync(path, 'utf8'))
-  const broken = report.testResults.filter((file) => file.status === 'failed' && !file.assertionResults.some((test) => test.status === 'failed'))
+  const broken = report.testResults.filter(
+    (file) => file.status === 'failed' && !file.assertionResults.some((test) => test.status === 'failed'),
+  )
   return {
     passed: report.numPassedTests,
     failed: report.numFailedTests + broken.length,
