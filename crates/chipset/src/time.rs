@@ -22,6 +22,11 @@ pub(crate) fn since(start: u64, now: u64) -> u64 {
     if elapsed > u64::MAX / 2 { 0 } else { elapsed }
 }
 
+/// Whether the instant `at` has come by `now`.
+pub(crate) fn due(at: u64, now: u64) -> bool {
+    now.wrapping_sub(at) <= u64::MAX / 2
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::TscClock;
-use crate::time::since;
+use crate::time::{due, since};
 
 /// Timer mode, LVT timer register bits 18:17.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -100,7 +100,7 @@ impl Timer {
 
     /// Whether the timer has expired by `now`; goes on to the next period, or disarms.
     pub(super) fn expire(&mut self, mode: Mode, now: u64) -> bool {
-        if !self.armed || now.wrapping_sub(self.expiry) > u64::MAX / 2 {
+        if !self.armed || !due(self.expiry, now) {
             return false;
         }
         match (mode, self.period()) {
