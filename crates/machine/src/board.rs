@@ -112,7 +112,7 @@ impl Board {
     /// RESET# to everything but the processors.
     pub(crate) fn reset(&self) {
         self.bus.reset();
-        self.apics.reset(monotonic_ns());
+        self.apics.reset();
     }
 
     /// Presses the power button.

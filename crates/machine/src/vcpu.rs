@@ -339,7 +339,7 @@ impl VcpuIo for View {
     }
 
     fn acknowledge_startup(&mut self) -> Option<Startup> {
-        let startup = self.board.apics.acknowledge_startup(self.id, monotonic_ns());
+        let startup = self.board.apics.acknowledge_startup(self.id);
         match startup {
             Some(Startup::Init) => self.status.reset(self.id),
             Some(Startup::Sipi(_)) => self.status.set(Activity::Running),
@@ -365,6 +365,6 @@ impl VcpuIo for View {
     }
 
     fn send_ipis(&mut self, icr: u64, targets: &mut dyn Iterator<Item = u32>) {
-        self.board.apics.send_ipis(self.id, icr, targets);
+        self.board.apics.send_ipis(icr, targets);
     }
 }

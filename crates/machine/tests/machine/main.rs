@@ -1,0 +1,6 @@
+//! Machines on a scripted hypervisor.
+#![allow(clippy::unwrap_used, reason = "in a test, that is the message")]
+
+mod lifecycle;
+mod serial;
+mod support;
