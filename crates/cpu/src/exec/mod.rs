@@ -6,6 +6,7 @@ mod arith;
 mod atomic;
 mod bits;
 mod branch;
+mod decimal;
 mod moves;
 mod muldiv;
 mod shift;
@@ -29,6 +30,7 @@ pub(crate) fn select(insn: &Instruction, op: &mut Op, code: CodeSize) -> Option<
         .or_else(|| muldiv::select(insn, op, form))
         .or_else(|| atomic::select(insn, op, form))
         .or_else(|| string::select(insn, op, form))
+        .or_else(|| decimal::select(insn, op, form))
 }
 
 /// What the first operands are.
