@@ -2,70 +2,11 @@
 //   node scripts/licences.mjs          fails on a licence that is not on the list
 //   node scripts/licences.mjs --list   prints what there is, with sizes, as Markdown
 import { existsSync, readdirSync, readFileSync, statSync } from 'node:fs'
-import { basename, dirname, join } from 'node:path'
+import { dirname, join } from 'node:path'
 import { manifest } from './lib/build.mjs'
+import { ALLOWED, ALLOWED_FOR_TOOLS, satisfies } from './lib/licences.mjs'
 import { root } from './lib/paths.mjs'
 import { Failure, main, output } from './lib/run.mjs'
-
-/** Permissive licences, which ask for no more than their own text. deny.toml holds the same list for cargo-deny. */
-const ALLOWED = new Set([
-  '0BSD',
-  'Apache-2.0',
-  'Apache-2.0 WITH LLVM-exception',
-  'BSD-2-Clause',
-  'BSD-3-Clause',
-  'BlueOak-1.0.0',
-  'CC0-1.0',
-  'ISC',
-  'MIT',
-  'MIT-0',
-  'Python-2.0',
-  'Unicode-3.0',
-  'Unlicense',
-  'Zlib',
-])
-
-/** Tools that are run while developing and never shipped or linked; for these file-level copyleft is fine too. */
-const ALLOWED_FOR_TOOLS = new Set([...ALLOWED, 'MPL-2.0', 'PSF-2.0', 'CC-BY-4.0', 'CC-BY-3.0'])
-
-/** True if an SPDX expression can be satisfied with `allowed`. OR binds weaker than AND; parentheses as usual. */
-export function satisfies(expression, allowed) {
-  const tokens = expression.replaceAll('/', ' OR ').match(/\(|\)|[^\s()]+/g) ?? []
-  let at = 0
-  const either = () => {
-    let result = both()
-    while (tokens[at] === 'OR') {
-      at += 1
-      const right = both()
-      result ||= right
-    }
-    return result
-  }
-  const both = () => {
-    let result = one()
-    while (tokens[at] === 'AND') {
-      at += 1
-      const right = one()
-      result &&= right
-    }
-    return result
-  }
-  const one = () => {
-    if (tokens[at] === '(') {
-      at += 1
-      const inner = either()
-      at += 1
-      return inner
-    }
-    let id = tokens[at++] ?? ''
-    if (tokens[at] === 'WITH') {
-      id = `${id} WITH ${tokens[at + 1]}`
-      at += 2
-    }
-    return allowed.has(id)
-  }
-  return tokens.length > 0 && either() && at === tokens.length
-}
 
 function bytes(folder) {
   let sum = 0
@@ -141,30 +82,28 @@ function table(title, list) {
   ].join('\n')
 }
 
-if (basename(process.argv[1] ?? '') === 'licences.mjs') {
-  await main(async () => {
-    const npm = npmPackages()
-    const cargo = await crates()
-    if (process.argv.includes('--list')) {
-      const parts = [
-        table(
-          'npm, shipped',
-          npm.filter((one) => !one.tool),
-        ),
-        table(
-          'npm, for development',
-          npm.filter((one) => one.tool),
-        ),
-        table('cargo', cargo),
-      ]
-      process.stdout.write(`${parts.join('\n\n')}\n`)
-    }
-    const refused = [...npm, ...cargo].filter((one) => !satisfies(one.licence, one.tool ? ALLOWED_FOR_TOOLS : ALLOWED))
-    if (refused.length > 0) {
-      throw new Failure(
-        `licences that are not allowed:\n${refused.map((one) => `  ${one.name} ${one.version}: ${one.licence}`).join('\n')}`,
-      )
-    }
-    process.stderr.write(`${npm.length} npm packages and ${cargo.length} crates: every licence is allowed\n`)
-  })
-}
+await main(async () => {
+  const npm = npmPackages()
+  const cargo = await crates()
+  if (process.argv.includes('--list')) {
+    const parts = [
+      table(
+        'npm, shipped',
+        npm.filter((one) => !one.tool),
+      ),
+      table(
+        'npm, for development',
+        npm.filter((one) => one.tool),
+      ),
+      table('cargo', cargo),
+    ]
+    process.stdout.write(`${parts.join('\n\n')}\n`)
+  }
+  const refused = [...npm, ...cargo].filter((one) => !satisfies(one.licence, one.tool ? ALLOWED_FOR_TOOLS : ALLOWED))
+  if (refused.length > 0) {
+    throw new Failure(
+      `licences that are not allowed:\n${refused.map((one) => `  ${one.name} ${one.version}: ${one.licence}`).join('\n')}`,
+    )
+  }
+  process.stderr.write(`${npm.length} npm packages and ${cargo.length} crates: every licence is allowed\n`)
+})
