@@ -1,0 +1,67 @@
+/** `skep doctor`: what this host offers. */
+import { type Diagnosis, diagnose } from '../../doctor.js'
+import { type Context, colors, print, status } from '../context.js'
+
+/** Runs the command; the exit status. */
+export async function doctor(options: { json?: boolean }, context: Context): Promise<number> {
+  const diagnosis = diagnose()
+  if (options.json) {
+    await print(context.stdout, `${JSON.stringify(diagnosis, null, 2)}\n`)
+    return status.ok
+  }
+  const color = colors(context.stdout)
+  const lines = describe(diagnosis)
+  const width = Math.max(...lines.map(([key]) => key.length))
+  for (const [key, ...texts] of lines) {
+    const [first = '', ...rest] = texts
+    await print(context.stdout, `${color.bold(key.padEnd(width))}  ${first}\n`)
+    for (const text of rest) await print(context.stdout, `${' '.repeat(width)}  ${text}\n`)
+  }
+  return status.ok
+}
+
+/** Keys, and lines for each. */
+export function describe({ host, cpu, kvm, accelerator, limits }: Diagnosis): [string, ...string[]][] {
+  const memory = `${(host.memoryBytes / 2 ** 30).toFixed(1)} GiB`
+  const cpus = `${host.cpus} CPU${host.cpus === 1 ? '' : 's'}`
+  return [
+    ['host', `Linux ${host.kernel}, x86-64, ${cpus}, ${memory}`],
+    ['processor', `${cpu.vendor}, ${cpu.model}`],
+    ['virtualization', virtualization(cpu.features)],
+    ['/dev/kvm', ...kvmLines(kvm)],
+    ['accelerator', `${accelerator.auto} (auto): ${accelerator.reason}`, 'choose with --accel kvm|software'],
+    ...(Object.keys(limits).length > 0 ? [['limits', ...limitLines(limits)] as [string, ...string[]]] : []),
+  ]
+}
+
+function virtualization(features: Diagnosis['cpu']['features']): string {
+  const has = (name: string, label: string): string => `${label} ${features[name] ? 'yes' : 'no'}`
+  if (features['vmx']) return `VT-x (${has('ept', 'EPT')}, ${has('unrestrictedGuest', 'unrestricted guest')})`
+  if (features['svm']) return `AMD-V (${has('npt', 'nested paging')})`
+  const guest = features['hypervisor'] ? ' (it is itself a virtual machine)' : ''
+  return `none: this CPU offers neither VT-x nor SVM${guest}`
+}
+
+function kvmLines(kvm: Diagnosis['kvm']): string[] {
+  if (!kvm.present) return ['not there']
+  if (!kvm.openable) {
+    return [
+      `there, but may not be opened${kvm.error ? `: ${kvm.error}` : ''}`,
+      'add yourself to its group: sudo usermod -aG kvm $USER',
+    ]
+  }
+  if (kvm.paravirtual) return ['present, paravirtual (PVM): would interpret unmodified guests slowly → not used']
+  return [`present, API version ${kvm.apiVersion ?? '?'}`]
+}
+
+function limitLines(limits: Diagnosis['limits']): string[] {
+  return Object.entries(limits).map(([name, value]) => {
+    const words = name.replace(/([A-Z])/g, ' $1').toLowerCase()
+    return `${words}: ${value === null ? 'none' : amount(name, value)}`
+  })
+}
+
+function amount(name: string, value: number | string | boolean): string {
+  if (typeof value !== 'number' || !/bytes|memory|size|space/i.test(name)) return String(value)
+  return value >= 2 ** 30 ? `${(value / 2 ** 30).toFixed(1)} GiB` : `${(value / 2 ** 20).toFixed(1)} MiB`
+}

@@ -1,0 +1,59 @@
+/**
+ * What this host offers to a hypervisor.
+ *
+ * @module
+ */
+import { crossingSync, native } from './native.js'
+
+/** What there is, as of {@link diagnose}. */
+export interface Diagnosis {
+  /** The processor. */
+  cpu: {
+    /** `GenuineIntel`, `AuthenticAMD`, ... */
+    vendor: string
+    /** The name it gives itself. */
+    model: string
+    /** Parts of hardware virtualization: `vmx` (VT-x), `svm` (AMD-V), `ept`, `unrestrictedGuest`, `npt`, ... */
+    features: Record<string, boolean>
+  }
+  /** Linux's KVM. */
+  kvm: {
+    /** Whether /dev/kvm is there. */
+    present: boolean
+    /** Whether this user may open it. */
+    openable: boolean
+    /** Version of its interface; 12 for ever. */
+    apiVersion?: number
+    /** Whether it is there although the processor has neither VT-x nor SVM: it would interpret unmodified guests. */
+    paravirtual: boolean
+    /** Why it cannot be opened. */
+    error?: string
+  }
+  /** What runs the processors. */
+  accelerator: {
+    /** What `accel: 'auto'` picks here. */
+    auto: 'software' | 'kvm'
+    /** Why, one sentence. */
+    reason: string
+  }
+  /** The host. */
+  host: {
+    /** Its kernel. */
+    kernel: string
+    /** Its processors. */
+    cpus: number
+    /** Its memory in bytes. */
+    memoryBytes: number
+  }
+  /** Limits on what this user's machines may be, by name; `null` is none. */
+  limits: Record<string, number | string | boolean | null>
+}
+
+/**
+ * Looks at the host and leaves nothing behind.
+ *
+ * @throws NativeBindingError if the compiled part is missing.
+ */
+export function diagnose(): Diagnosis {
+  return JSON.parse(crossingSync(() => native().probe())) as Diagnosis
+}

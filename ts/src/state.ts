@@ -1,0 +1,185 @@
+/**
+ * A machine from inside: registers, memory, counters.
+ *
+ * @module
+ */
+import { ArgumentError } from './errors.js'
+import { crossing, type NativeMachine } from './native.js'
+import { type Abortable, abortable } from './signal.js'
+
+/** A segment register with its hidden part, SDM vol. 3A §3.4.3. */
+export interface SegmentRegister {
+  /** The visible selector, 16 bits. */
+  selector: number
+  /** Linear address at which the segment begins. */
+  base: bigint
+  /** Last offset in the segment, 32 bits, in bytes. */
+  limit: number
+  /** Access rights in the layout of VMX, SDM vol. 3C §25.4.1. */
+  access: number
+}
+
+/** GDTR or IDTR. */
+export interface TableRegister {
+  /** Linear address of the table. */
+  base: bigint
+  /** Last offset in the table, 16 bits, in bytes. */
+  limit: number
+}
+
+/** The registers of a processor. 64-bit ones are bigints. */
+export interface Registers
+  extends Record<
+    | 'rax'
+    | 'rbx'
+    | 'rcx'
+    | 'rdx'
+    | 'rsi'
+    | 'rdi'
+    | 'rsp'
+    | 'rbp'
+    | 'r8'
+    | 'r9'
+    | 'r10'
+    | 'r11'
+    | 'r12'
+    | 'r13'
+    | 'r14'
+    | 'r15'
+    | 'rip'
+    | 'rflags'
+    | 'cr0'
+    | 'cr2'
+    | 'cr3'
+    | 'cr4'
+    | 'cr8'
+    | 'xcr0'
+    | 'efer'
+    | 'apicBase',
+    bigint
+  > {
+  cs: SegmentRegister
+  ds: SegmentRegister
+  es: SegmentRegister
+  fs: SegmentRegister
+  gs: SegmentRegister
+  ss: SegmentRegister
+  tr: SegmentRegister
+  ldtr: SegmentRegister
+  gdtr: TableRegister
+  idtr: TableRegister
+}
+
+/** What a processor has done. Counts start with the machine. */
+export interface VcpuStats {
+  /** Number of the processor. */
+  vcpu: number
+  /** Instructions retired. */
+  instructions: number
+  [counter: string]: unknown
+}
+
+/** What a machine has done. */
+export interface VmStats {
+  /** By processor. */
+  vcpus: VcpuStats[]
+  [counter: string]: unknown
+}
+
+/** One processor of a machine, from {@link Vm.vcpu}. */
+export class Vcpu {
+  /** Its number, from 0; its APIC ID. */
+  readonly index: number
+  readonly #native: () => NativeMachine
+
+  /** @internal */
+  constructor(index: number, native: () => NativeMachine) {
+    this.index = index
+    this.#native = native
+  }
+
+  /**
+   * Its registers. While it does not run: in the states `'created'`, `'paused'` and `'stopped'`.
+   *
+   * @throws StateError `ERR_VM_STATE` while it runs.
+   */
+  async registers(options: Abortable = {}): Promise<Registers> {
+    const json = await abortable(
+      crossing(() => this.#native().registers(this.index)),
+      options.signal,
+    )
+    return JSON.parse(json, (_, value) => (isHex(value) ? BigInt(value) : value)) as Registers
+  }
+
+  /**
+   * Sets those registers that are named, while it does not run.
+   *
+   * @throws ArgumentError `ERR_REGISTERS` if one does not exist or takes no such value; none is set then.
+   * @throws StateError `ERR_VM_STATE` while it runs.
+   */
+  async setRegisters(registers: Partial<Registers>, options: Abortable = {}): Promise<void> {
+    const json = JSON.stringify(registers, (_, value) => {
+      if (typeof value !== 'bigint') return value
+      if (value < 0n || value > 0xffff_ffff_ffff_ffffn) {
+        throw new ArgumentError('ERR_REGISTERS', `a register holds 0 to 2^64-1, not ${value}`)
+      }
+      return `0x${value.toString(16)}`
+    })
+    await abortable(
+      crossing(() => this.#native().setRegisters(this.index, json)),
+      options.signal,
+    )
+  }
+}
+
+/** Guest memory by guest physical address, {@link Vm.memory}. In every state; a running guest may write at the same time. */
+export class GuestMemory {
+  readonly #native: () => NativeMachine
+
+  /** @internal */
+  constructor(native: () => NativeMachine) {
+    this.#native = native
+  }
+
+  /**
+   * Copies `length` bytes from `address`.
+   *
+   * @throws ArgumentError `ERR_MEMORY_RANGE` if not all of them are memory, `ERR_MEMORY_LENGTH` for more than one call moves.
+   */
+  async read(address: bigint | number, length: number, options: Abortable = {}): Promise<Buffer> {
+    if (!Number.isSafeInteger(length) || length < 0 || length > 0xffff_ffff) {
+      throw new ArgumentError('ERR_ARGUMENT', `length: expected a number of bytes, got ${length}`)
+    }
+    const gpa = addressOf(address)
+    return await abortable(
+      crossing(() => this.#native().readMemory(gpa, length)),
+      options.signal,
+    )
+  }
+
+  /**
+   * Copies `data` to `address`.
+   *
+   * @throws ArgumentError `ERR_MEMORY_RANGE` if not all of it is memory, `ERR_MEMORY_READ_ONLY` if some of it is a ROM,
+   *   `ERR_MEMORY_LENGTH` for more than one call moves.
+   */
+  async write(address: bigint | number, data: Uint8Array, options: Abortable = {}): Promise<void> {
+    const gpa = addressOf(address)
+    const buffer = Buffer.from(data.buffer, data.byteOffset, data.byteLength)
+    await abortable(
+      crossing(() => this.#native().writeMemory(gpa, buffer)),
+      options.signal,
+    )
+  }
+}
+
+function isHex(value: unknown): value is string {
+  return typeof value === 'string' && /^0x[0-9a-f]+$/.test(value)
+}
+
+function addressOf(address: bigint | number): bigint {
+  const valid =
+    typeof address === 'bigint' ? address >= 0n && address < 1n << 64n : Number.isSafeInteger(address) && address >= 0
+  if (!valid) throw new ArgumentError('ERR_ARGUMENT', `address: expected a guest physical address, got ${address}`)
+  return BigInt(address)
+}

@@ -1,0 +1,23 @@
+import { defineConfig } from 'vitest/config'
+
+// Each file in a process of its own: the addon runs threads, and Node's worker threads do not go well with those.
+const pool = 'forks'
+
+export default defineConfig({
+  test: {
+    projects: [
+      { test: { name: 'unit', include: ['test/unit/**/*.test.ts'], pool, testTimeout: 60_000 } },
+      {
+        test: {
+          name: 'boot',
+          include: ['test/boot/**/*.test.ts'],
+          pool,
+          testTimeout: 300_000,
+          hookTimeout: 300_000,
+          // Guests use the processors for themselves: one file at a time.
+          fileParallelism: false,
+        },
+      },
+    ],
+  },
+})
