@@ -53,6 +53,11 @@ pub struct VmOptions {
 pub trait Hypervisor {
     /// Looks at the host without leaving anything behind.
     fn probe(&self) -> Probe;
+    /// The TSC frequency in Hz at which guests run best here: the host's, where it can be had. What CPUID tells the
+    /// guest must be known before the VM exists, and [`VmOptions::tsc_hz`] asks for the same.
+    fn tsc_hz(&self) -> u64 {
+        1_000_000_000
+    }
     /// Creates a VM over `memory`. Nothing runs yet.
     fn create_vm(&self, memory: GuestMemory, options: VmOptions) -> Result<Arc<dyn Vm>, HvError>;
 }
