@@ -1,0 +1,115 @@
+// Kernels written for the tests (test/guests): every way of starting, every way of ending, and the processor's and the
+// chipset's own promises, checked by the guest itself.
+import { setTimeout as sleep } from 'node:timers/promises'
+import { describe, expect, test } from 'vitest'
+import { Vm, type VmConfig, type VmExit } from '../../dist/index.js'
+import { skep } from '../helpers/cli.js'
+import { testKernel } from '../helpers/guests.js'
+
+/** What the guests write to port 0xf4 when all is well, as an exit status: `(0x10 << 1) | 1`. */
+const PASSED = 33
+const TIMEOUT = 120_000
+
+interface Outcome {
+  exit: VmExit
+  output: string
+}
+
+/** Runs a test kernel to its end. */
+async function boot(config: Omit<Partial<VmConfig>, 'boot'> & Pick<VmConfig, 'boot'>): Promise<Outcome> {
+  await using vm = await Vm.create({ memory: '64M', accel: 'software', debugExit: true, ...config })
+  const console = vm.console(1)
+  await vm.start()
+  const exit = await vm.wait({ timeout: TIMEOUT })
+  return { exit, output: console.tail().toString().replaceAll('\r', '') }
+}
+
+const kernel = async (name: string, config: Omit<Partial<VmConfig>, 'boot'> = {}, cmdline = '') =>
+  boot({ ...config, boot: { kernel: await testKernel(name), cmdline } })
+
+describe('a start', () => {
+  test.each([
+    ['hello-multiboot.elf', 'multiboot'],
+    ['hello-multiboot64.elf', 'multiboot'],
+    ['hello-multiboot.bin', 'multiboot'],
+    ['hello-pvh.elf', 'PVH'],
+  ])('of %s reaches long mode and ends through port 0xf4', async (name, protocol) => {
+    const { exit, output } = await kernel(name, {}, 'one two')
+    expect(output).toContain(`skep: long mode via ${protocol}, cmdline=`)
+    expect(output).toContain('one two')
+    expect(exit).toMatchObject({ reason: 'debug-exit', status: PASSED })
+  })
+
+  test('of a ROM begins in real mode at the reset vector', async () => {
+    const { exit, output } = await boot({ boot: { rom: await testKernel('hello.rom') } })
+    expect(output).toContain('skep: long mode via the reset vector')
+    expect(exit).toMatchObject({ reason: 'debug-exit', status: PASSED })
+  })
+
+  test('by the command gives the status that the guest asked for', async () => {
+    const { status, stdout, stderr } = await skep([
+      'run',
+      '--kernel',
+      await testKernel('hello-pvh.elf'),
+      '--debug-exit',
+    ])
+    expect(stdout.replaceAll('\r', '')).toContain('skep: long mode via PVH')
+    expect(stderr).not.toMatch(/error/i)
+    expect(status).toBe(PASSED)
+  })
+})
+
+describe('an end', () => {
+  test.each<[string, string, Partial<VmExit>]>([
+    ['power-off.elf', 'skep: power off', { reason: 'power-off', status: 1 }],
+    ['reset-cf9.elf', 'skep: reset by port 0xcf9', { reason: 'reboot', status: 0 }],
+    ['reset-keyboard.elf', 'skep: reset by port 0x64', { reason: 'reboot', status: 0 }],
+    ['halt.elf', 'skep: halting with interrupts off', { reason: 'halt', status: 2 }],
+    ['triple-fault.elf', 'skep: triple fault', { reason: 'triple-fault', status: 3 }],
+  ])('of %s', async (name, says, end) => {
+    const { exit, output } = await kernel(name, { onReboot: 'exit' })
+    expect(output).toContain(says)
+    expect(exit).toMatchObject(end)
+  })
+
+  test('by the debug-exit port is there only when asked for', async () => {
+    const { exit } = await kernel('hello-pvh.elf', { debugExit: false })
+    expect(exit).toMatchObject({ reason: 'halt', status: 2 })
+  })
+
+  test('of each kind is the status of the command', async () => {
+    const status = async (name: string) => (await skep(['run', '--kernel', await testKernel(name)])).status
+    expect(await status('reset-cf9.elf')).toBe(0)
+    expect(await status('power-off.elf')).toBe(1)
+    expect(await status('halt.elf')).toBe(2)
+    expect(await status('triple-fault.elf')).toBe(3)
+  })
+
+  test('a reset with onReboot "restart" starts it again, and again', async () => {
+    const config = { memory: '64M', onReboot: 'restart', boot: { kernel: await testKernel('reset-cf9.elf') } } as const
+    await using vm = await Vm.create(config)
+    const console = vm.console(1)
+    await vm.start()
+    for (let round = 0; round < 5; round++) await console.waitFor('skep: reset by port 0xcf9', { timeout: TIMEOUT })
+    expect(vm.state).toBe('running')
+    await sleep(1)
+    await vm.kill()
+    expect(await vm.exited).toMatchObject({ reason: 'killed', status: 4 })
+  })
+})
+
+describe('the guest finds', () => {
+  test.each([
+    ['exceptions', 1],
+    ['interrupts', 1],
+    ['self-modifying', 1],
+    ['processors', 2],
+    ['processors', 4],
+  ])('%s right with %i vCPU', async (name, cpus) => {
+    const { exit, output } = await kernel(`${name}.elf`, { cpus }, `cpus=${cpus}`)
+    // The guest's own words first: they say which check it was.
+    expect(output.match(/^FAIL .*$/gm) ?? []).toEqual([])
+    expect(output).toContain('skep: passed')
+    expect(exit).toMatchObject({ reason: 'debug-exit', status: PASSED })
+  })
+})
