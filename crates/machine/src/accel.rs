@@ -2,7 +2,7 @@
 
 use skep_cpu::Software;
 use skep_hv::Hypervisor;
-use skep_hv::cpuid::CpuidTable;
+use skep_hv::cpuid::{self, CpuidTable, PolicyOptions, policy};
 
 use crate::spec::{Accel, Engine, MachineSpec};
 
@@ -13,7 +13,16 @@ pub fn hypervisor(spec: &MachineSpec) -> Box<dyn Hypervisor> {
     }
 }
 
-/// What CPUID shows to the guest.
-pub(crate) fn cpuid(_spec: &MachineSpec) -> CpuidTable {
-    CpuidTable::default()
+/// What CPUID shows to the guest of a back end whose TSC runs at `tsc_hz`.
+pub(crate) fn cpuid(spec: &MachineSpec, tsc_hz: u64) -> CpuidTable {
+    let options = PolicyOptions {
+        vcpus: spec.vcpus(),
+        cores: spec.cpus.cores,
+        threads: spec.cpus.threads,
+        tsc_hz,
+        // What the chipset's local APICs count at.
+        apic_hz: 1_000_000_000,
+        ..PolicyOptions::default()
+    };
+    policy(&cpuid::host(), &options)
 }

@@ -12,6 +12,7 @@ use skep_boot::{BootOptions, BootPaths, MemoryLayout, Payload, Platform};
 use skep_hv::{Hypervisor, VcpuStats, VmOptions};
 use skep_memory::GuestMemory;
 
+use crate::accel;
 use crate::board::{Board, Parts};
 use crate::bus::{DeviceStats, lock};
 use crate::clock::VmTsc;
@@ -155,8 +156,9 @@ impl Machine {
         let boot = BootOptions { payload, layout, platform: platform(spec)? };
         let loaded = skep_boot::load(&memory, &boot)?;
 
-        let cpuid = crate::accel::cpuid(spec);
-        let options = VmOptions { vcpus: spec.vcpus(), cpuid: cpuid.clone(), tsc_hz: None };
+        let tsc_hz = hypervisor.tsc_hz();
+        let cpuid = accel::cpuid(spec, tsc_hz);
+        let options = VmOptions { vcpus: spec.vcpus(), cpuid: cpuid.clone(), tsc_hz: Some(tsc_hz) };
         let vm = hypervisor.create_vm(memory.clone(), options)?;
         let timer = Arc::new(Timer::default());
         let serial = SerialPorts::new(serial_spec);
