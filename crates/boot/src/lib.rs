@@ -194,3 +194,23 @@ pub fn load(memory: &GuestMemory, options: &BootOptions) -> Result<Loaded, BootE
         }
     }
 }
+
+/// As [`load`], of a kernel and an initial RAM disk held in memory: what tests and fuzzers call.
+///
+/// # Errors
+/// As [`load`].
+pub fn load_bytes(
+    memory: &GuestMemory,
+    layout: MemoryLayout,
+    kernel: &[u8],
+    initrd: Option<&[u8]>,
+    cmdline: &str,
+) -> Result<Loaded, BootError> {
+    let payload = Payload::Kernel {
+        kernel: Input::bytes(Role::Kernel, "kernel", kernel)?,
+        initrd: initrd.map(|bytes| Input::bytes(Role::Initrd, "initrd", bytes)).transpose()?,
+        modules: Vec::new(),
+        cmdline: cmdline.into(),
+    };
+    load(memory, &BootOptions { payload, layout, platform: Platform::new(1) })
+}
