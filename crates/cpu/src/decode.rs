@@ -37,6 +37,10 @@ impl Cpu {
     }
 
     fn decode_block(&mut self, linear: u64, gpa: u64, key: Key) -> Exec<*const Block> {
+        if self.thunks.full() {
+            self.blocks.clear();
+            self.thunks.clear();
+        }
         loop {
             let first = self.code_page(linear)?;
             let offset = (linear % PAGE) as usize;

@@ -1,7 +1,10 @@
 //! Re-encoding in place: the instruction keeps its opcode, prefixes and operands, but its memory operand becomes
 //! `[base + disp32]`, RSP as an operand becomes another register, and the whole becomes valid in 64-bit mode.
 
-use iced_x86::{Code, Decoder, DecoderOptions, EncodingKind, Instruction, MandatoryPrefix, OpCodeOperandKind, OpKind, Register};
+use iced_x86::{
+    Code, Decoder, DecoderOptions, EncodingKind, Instruction, MandatoryPrefix, OpCodeOperandKind, OpKind,
+    Register,
+};
 
 use crate::cpu::CodeSize;
 
@@ -225,7 +228,10 @@ pub(super) fn encode(insn: &Instruction, bytes: &[u8], code: CodeSize, target: T
 }
 
 fn is4(insn: &Instruction) -> bool {
-    insn.op_code().op_kinds().iter().any(|k| matches!(k, OpCodeOperandKind::xmm_is4 | OpCodeOperandKind::ymm_is4))
+    insn.op_code()
+        .op_kinds()
+        .iter()
+        .any(|k| matches!(k, OpCodeOperandKind::xmm_is4 | OpCodeOperandKind::ymm_is4))
 }
 
 /// Which fields of the encoding name RSP as an operand.
@@ -265,7 +271,8 @@ fn verify(insn: &Instruction, bytes: &[u8]) -> bool {
         && (0..insn.op_count()).all(|i| match insn.op_kind(i) {
             OpKind::Register => {
                 let (a, b) = (insn.op_register(i), again.op_register(i));
-                again.op_kind(i) == OpKind::Register && (a == b || a.full_register() == Register::RSP && b.is_gpr())
+                again.op_kind(i) == OpKind::Register
+                    && (a == b || a.full_register() == Register::RSP && b.is_gpr())
             }
             OpKind::Memory => again.op_kind(i) == OpKind::Memory,
             kind => again.op_kind(i) == kind && again.immediate(i) == insn.immediate(i),

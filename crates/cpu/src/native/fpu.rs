@@ -97,8 +97,8 @@ impl Fpu {
     /// and every virtual machine monitor counts on). INIT leaves this state alone.
     pub(crate) fn reset(&mut self) {
         self.init_x87();
-        self.init_sse();
-        self.init_avx();
+        self.init_sse(16);
+        self.init_avx(16);
         self.frame.mxcsr = MXCSR_INIT;
     }
 
@@ -111,16 +111,16 @@ impl Fpu {
         self.fds = 0;
     }
 
-    /// XMM registers zero.
-    pub(super) fn init_sse(&mut self) {
-        for register in &mut self.frame.vector[..16] {
+    /// The first `count` XMM registers zero.
+    pub(super) fn init_sse(&mut self, count: usize) {
+        for register in &mut self.frame.vector[..count] {
             register[..2].fill(0);
         }
     }
 
-    /// Upper halves of the YMM registers zero.
-    pub(super) fn init_avx(&mut self) {
-        for register in &mut self.frame.vector[..16] {
+    /// Upper halves of the first `count` YMM registers zero.
+    pub(super) fn init_avx(&mut self, count: usize) {
+        for register in &mut self.frame.vector[..count] {
             register[2..4].fill(0);
         }
     }
@@ -225,10 +225,15 @@ impl Fpu {
 
     /// Loads the whole state from a standard-format XSAVE area.
     pub(crate) fn load_area(&mut self, area: &[u8]) -> Result<(), StateError> {
-        let word = |at: usize| area.get(at..at + 8).map(|b| b.iter().rev().fold(0, |v, &b| v << 8 | u64::from(b)));
+        let word =
+            |at: usize| area.get(at..at + 8).map(|b| b.iter().rev().fold(0, |v, &b| v << 8 | u64::from(b)));
         let (Some(present), Some(compacted)) = (word(LEGACY), word(LEGACY + 8)) else {
             let value = area.len() as u64;
-            return Err(StateError::Value { field: "fpu.xsave length", value, why: "an XSAVE area has 576 bytes at least" });
+            return Err(StateError::Value {
+                field: "fpu.xsave length",
+                value,
+                why: "an XSAVE area has 576 bytes at least",
+            });
         };
         if present & !component::ALL != 0 {
             return Err(StateError::Value {
@@ -243,11 +248,19 @@ impl Fpu {
         }
         if present & component::AVX != 0 && area.len() < AREA {
             let value = area.len() as u64;
-            return Err(StateError::Value { field: "fpu.xsave length", value, why: "too short for the AVX component" });
+            return Err(StateError::Value {
+                field: "fpu.xsave length",
+                value,
+                why: "too short for the AVX component",
+            });
         }
         let mxcsr = image_mxcsr(area);
         if mxcsr & !MXCSR_MASK != 0 {
-            return Err(StateError::Value { field: "fpu.xsave MXCSR", value: mxcsr.into(), why: "reserved bits are set" });
+            return Err(StateError::Value {
+                field: "fpu.xsave MXCSR",
+                value: mxcsr.into(),
+                why: "reserved bits are set",
+            });
         }
         self.reset();
         self.frame.mxcsr = mxcsr;
@@ -388,7 +401,9 @@ mod tests {
             assert!(fpu.load_area(&good[..length]).is_err());
         }
         assert!(fpu.load_area(&good[..AREA - 1]).is_err(), "AVX is said to be there");
-        for (at, value) in [(fx::MXCSR + 2, 1), (LEGACY, 8), (LEGACY + 7, 0x80), (LEGACY + 15, 0x80), (LEGACY + 63, 1)] {
+        for (at, value) in
+            [(fx::MXCSR + 2, 1), (LEGACY, 8), (LEGACY + 7, 0x80), (LEGACY + 15, 0x80), (LEGACY + 63, 1)]
+        {
             let mut bad = good.clone();
             bad[at] = value;
             assert!(fpu.load_area(&bad).is_err(), "byte {at}");
