@@ -214,7 +214,9 @@ export class Console extends Duplex {
   }
 
   /**
-   * Waits until the guest has said `pattern`, and returns the match; groups follow it, as of `RegExp.exec`.
+   * Waits until the guest has said `pattern`, and returns the match; groups follow it, as of `RegExp.exec`. What is searched
+   * is the text as a person reads it: UTF-8, without escape sequences (colours, questions to the terminal). The stream and
+   * {@link Console.lines} have those.
    *
    * Each console has one cursor. It starts where the output starts, and every match moves it to the match's end: what has
    * been matched, and what came before it, is not seen again. Searching does not take output away from who reads the stream.

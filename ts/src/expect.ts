@@ -1,6 +1,7 @@
 /** Waiting for text in a stream of output. */
 import { addAbortListener } from 'node:events'
 import { StringDecoder } from 'node:string_decoder'
+import { PlainText } from './plain.js'
 
 /**
  * What was found: the text that matched, then the groups of the regular expression, as of `RegExp.exec`.
@@ -37,12 +38,13 @@ export interface SearchOptions {
 }
 
 /**
- * Finds text in output as it comes. There is one cursor: it starts where the output starts and moves to the end of every
+ * Finds text in output as it comes, in what a person would read: escape sequences are left out. There is one cursor: it starts where the output starts and moves to the end of every
  * match. A search begins at the cursor of the moment at which it is asked for, so searches that wait at the same time see
  * the same text.
  */
 export class Expect {
   readonly #decoder = new StringDecoder('utf8')
+  readonly #plain = new PlainText()
   readonly #waiters = new Set<Waiter>()
   #text = ''
   /** Absolute position of the first unit of `#text`. */
@@ -52,7 +54,7 @@ export class Expect {
 
   /** Takes output. */
   write(data: Buffer): void {
-    this.#text += this.#decoder.write(data)
+    this.#text += this.#plain.write(this.#decoder.write(data))
     this.#search()
     this.#trim()
   }
@@ -60,7 +62,7 @@ export class Expect {
   /** No more output will come. */
   end(): void {
     if (this.#ended) return
-    this.#text += this.#decoder.end()
+    this.#text += this.#plain.write(this.#decoder.end())
     this.#ended = true
     this.#search()
   }

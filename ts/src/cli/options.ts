@@ -36,7 +36,8 @@ export interface RunOption {
   apply(value: string, draft: Draft, settings: RunSettings): void
 }
 
-const file = (value: string): string => resolve(value)
+/** An empty path stays one, for the check of the configuration to refuse. */
+const file = (value: string): string => (value === '' ? '' : resolve(value))
 
 function object(draft: Draft, key: string): Draft {
   const value = draft[key]
@@ -110,7 +111,7 @@ export const runOptions: readonly RunOption[] = [
       const path = comma < 0 ? value : value.slice(0, comma)
       const cmdline = comma < 0 ? '' : value.slice(comma + 1)
       const modules = Array.isArray(current['modules']) ? current['modules'] : []
-      current['modules'] = [...modules, { path: path === '' ? '' : file(path), cmdline }]
+      current['modules'] = [...modules, { path: file(path), cmdline }]
     },
   },
   {

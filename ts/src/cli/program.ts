@@ -45,7 +45,7 @@ export function createProgram(context: Context, finish: (status: number) => void
   addDoctor(program, context, finish)
   addImage(program, context, finish)
   addCompletion(program, context, finish)
-  program.action((_, command: Command) => {
+  program.action((_, __, command: Command) => {
     throw unknownCommand(command, command.args[0])
   })
   program.argument('[command]')
@@ -161,7 +161,14 @@ export function usageError(error: CommanderError, program: Command, argv: readon
       return new UsageError(`unknown option ${flag}${near === undefined ? '' : ` (did you mean --${near}?)`}`)
     }
     case 'commander.optionMissingArgument':
-      return new UsageError(`option ${quoted.replace(/^-\w, /, '')} wants a value`)
+      return new UsageError(`option ${/--[\w-]+/.exec(quoted)?.[0] ?? quoted} wants a value`)
+    case 'commander.invalidArgument': {
+      const [, value = '', name = '', choices = ''] =
+        /value '(.*)' is invalid for argument '(.*)'\. Allowed choices are (.*)\.$/.exec(error.message) ?? []
+      const near = nearest(value, choices.split(', '))
+      const hint = near === undefined ? '' : ` (did you mean ${near}?)`
+      return new UsageError(`${name}: expected ${choices}, got ${JSON.stringify(value)}${hint}`)
+    }
     case 'commander.missingArgument':
       return new UsageError(`${command.name()}: ${quoted} is missing; see skep help ${commandPath(command)}`)
     case 'commander.excessArguments':

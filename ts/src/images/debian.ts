@@ -18,7 +18,6 @@ const modules = ['button', 'evdev']
 const inittab = `::sysinit:/etc/rc
 ttyS0::respawn:-/bin/sh
 ::ctrlaltdel:/sbin/reboot
-::shutdown:/bin/umount -a -r
 `
 
 const rc = `#!/bin/sh
@@ -45,7 +44,7 @@ cd /root
 `
 
 const files: readonly InitramfsEntry[] = [
-  ...['proc', 'sys', 'dev', 'run', 'mnt', 'lib/modules', 'etc', 'var'].map(
+  ...['proc', 'sys', 'dev', 'run', 'mnt', 'lib/modules', 'etc', 'var/log', 'var/run'].map(
     (path): InitramfsEntry => ({ path, type: 'directory' }),
   ),
   { path: 'root', type: 'directory', mode: 0o700 },
