@@ -1,13 +1,11 @@
 // npm start: from a bare checkout to a shell prompt in a guest. With a terminal the prompt is yours; without one
 // (in a pipe, in CI) the guest boots, says who it is, and is powered off.
-import { spawn } from 'node:child_process'
-import { constants } from 'node:os'
 import { join } from 'node:path'
 import { build } from './lib/build.mjs'
 import { prepareGuest } from './lib/guest.mjs'
 import { root } from './lib/paths.mjs'
 import { plain, step } from './lib/progress.mjs'
-import { Failure, main } from './lib/run.mjs'
+import { Failure, main, runAttached } from './lib/run.mjs'
 import { checkTools } from './lib/tools.mjs'
 
 const MACHINE = { cpus: 2, memory: '512M' }
@@ -21,11 +19,7 @@ async function interactive(guest) {
   )
   const args = ['run', '--kernel', guest.kernel, '--initrd', guest.initrd, '--cmdline', guest.cmdline]
   args.push('--memory', MACHINE.memory, '--cpus', `${MACHINE.cpus}`, '--serial', 'stdio')
-  const child = spawn(process.execPath, [join(root, 'dist/cli/main.js'), ...args], { stdio: 'inherit' })
-  const status = await new Promise((resolve, reject) => {
-    child.once('error', reject)
-    child.once('close', (code, signal) => resolve(code ?? 128 + constants.signals[signal]))
-  })
+  const status = await runAttached(process.execPath, [join(root, 'dist/cli/main.js'), ...args])
   const POWER_OFF = 1
   return status === POWER_OFF ? 0 : status
 }

@@ -69,10 +69,7 @@ export async function run(command, args, { log, step, milestone, onLine, env, al
     onLine?.(line)
     step?.note(line, { milestone: milestone?.(plain(line)) ?? false })
   }
-  const status = await new Promise((resolve, reject) => {
-    child.once('error', reject)
-    child.once('close', (code, signal) => resolve(code ?? 128 + constants.signals[signal]))
-  }).finally(() => {
+  const status = await ended(child).finally(() => {
     children.delete(child)
     file?.end()
   })
@@ -82,6 +79,20 @@ export async function run(command, args, { log, step, milestone, onLine, env, al
     throw new Failure(`${tail.join('\n')}\n\n${command} ${args.join(' ')} ended with status ${status}${where}`)
   }
   return status
+}
+
+/** Runs a program that has our terminal to itself; its exit status, 128 + n for a signal. */
+export async function runAttached(command, args) {
+  const child = spawn(command, args, { cwd: root, stdio: 'inherit' })
+  children.add(child)
+  return await ended(child).finally(() => children.delete(child))
+}
+
+function ended(child) {
+  return new Promise((resolve, reject) => {
+    child.once('error', reject)
+    child.once('close', (code, signal) => resolve(code ?? 128 + constants.signals[signal]))
+  })
 }
 
 /** Output of a program, or undefined where it is missing or fails. */
