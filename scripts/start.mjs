@@ -14,9 +14,6 @@ const COMMAND_TIMEOUT = 60_000
 
 /** Hands the terminal to `skep run`; its exit status tells how the guest ended, and a power-off is what one wants. */
 async function interactive(guest) {
-  process.stderr.write(
-    '\nThe guest has this terminal now. `poweroff -f` ends it, and so does ^] followed by a full stop.\n\n',
-  )
   const args = ['run', '--kernel', guest.kernel, '--initrd', guest.initrd, '--cmdline', guest.cmdline]
   args.push('--memory', MACHINE.memory, '--cpus', `${MACHINE.cpus}`, '--serial', 'stdio')
   const status = await runAttached(process.execPath, [join(root, 'dist/cli/main.js'), ...args])
@@ -41,7 +38,7 @@ async function unattended(guest) {
     })
     console.write('uname -a\n')
     const [line] = await console.waitFor(/^Linux .*$/m, { timeout: COMMAND_TIMEOUT })
-    process.stdout.write(`/ # uname -a\n${line.trimEnd()}\n/ # poweroff -f\n`)
+    process.stdout.write(`${prompt}uname -a\n${line}\n${prompt}poweroff -f\n`)
     await step('power off', async () => {
       await console.waitFor(prompt, { timeout: COMMAND_TIMEOUT })
       console.write('poweroff -f\n')
