@@ -41,14 +41,15 @@ async function cargo(totals) {
 const isCargoFailure = (line) =>
   /^test .* FAILED$|^error(\[|:)|panicked at|^\s+left: |^\s+right: |^assertion /.test(line)
 
-async function vitest(project, totals) {
+/** Runs a vitest project; `reporter` decides whether every test is told or only every file. */
+async function vitest(project, reporter, totals) {
   await step(`vitest ${project}`, async (step) => {
     const report = join(state, `vitest-${project}.json`)
     mkdirSync(state, { recursive: true })
     rmSync(report, { force: true })
     const status = await run(
       bin('vitest'),
-      ['run', '--project', project, '--reporter=default', '--reporter=json', `--outputFile.json=${report}`],
+      ['run', '--project', project, `--reporter=${reporter}`, '--reporter=json', `--outputFile.json=${report}`],
       { log: `vitest-${project}`, step, allowFailure: true, milestone: isVitestMilestone, env: { NO_COLOR: '1' } },
     )
     const part = new Totals()
@@ -76,8 +77,8 @@ await main(async () => {
   await build()
   const totals = new Totals()
   if (wanted('cargo')) await cargo(totals)
-  if (wanted('unit')) await vitest('unit', totals)
-  if (wanted('boot')) await vitest('boot', totals)
+  if (wanted('unit')) await vitest('unit', 'default', totals)
+  if (wanted('boot')) await vitest('boot', 'verbose', totals)
   process.stderr.write(`\n${duration(Date.now() - started)} in all; full output of every step: ${logs}\n`)
   process.stdout.write(`${totals}\n`)
   return totals.failed > 0 ? 1 : 0
