@@ -34,6 +34,8 @@ pub(crate) struct Mailbox {
     pub(crate) attention: AtomicU32,
     /// The vCPU executes guest instructions, or may begin to.
     pub(crate) in_guest: AtomicBool,
+    /// What this vCPU's guest has added to the VM's TSC.
+    tsc_offset: AtomicU64,
     /// The last flush that was answered.
     flushed: AtomicU64,
     sleeping: Mutex<bool>,
@@ -45,10 +47,16 @@ impl Mailbox {
         Self {
             attention: AtomicU32::new(0),
             in_guest: AtomicBool::new(false),
+            tsc_offset: AtomicU64::new(0),
             flushed: AtomicU64::new(0),
             sleeping: Mutex::new(false),
             bell: Condvar::new(),
         }
+    }
+
+    /// Shows the machine what the guest has added to this vCPU's TSC.
+    pub(crate) fn set_tsc_offset(&self, offset: u64) {
+        self.tsc_offset.store(offset, Ordering::Relaxed);
     }
 
     fn post(&self, bits: u32) {
@@ -268,6 +276,11 @@ impl Vm for SoftwareVm {
 
     fn tsc_hz(&self) -> u64 {
         self.shared.tsc_hz
+    }
+
+    fn tsc(&self, vcpu: u32) -> u64 {
+        let offset = self.shared.mailboxes.get(vcpu as usize).map_or(0, |m| m.tsc_offset.load(Ordering::Relaxed));
+        self.clock.now().wrapping_add(offset)
     }
 }
 

@@ -30,18 +30,18 @@ fn cpuid(cpu: &mut Cpu, _: &Op) -> Exec {
     Ok(())
 }
 
-/// XCR0, or with ECX = 1 XCR0 & XINUSE (SDM vol. 1 §13.2; XINUSE may always be all ones).
+/// XCR0, or with ECX = 1 XCR0 & XINUSE (SDM vol. 1 §13.2).
 fn xgetbv(cpu: &mut Cpu, _: &Op) -> Exec {
     if cpu.cr4 & cr4::OSXSAVE == 0 {
         return Err(cpu.ud());
     }
     let xgetbv1 = cpu.msrs.model.cpuid.get(0xd, 1).is_some_and(|leaf| leaf.eax & 4 != 0);
-    match cpu.regs.get::<u32>(at::RCX) {
-        0 => {}
-        1 if xgetbv1 => {}
+    let value = match cpu.regs.get::<u32>(at::RCX) {
+        0 => cpu.xcr0,
+        1 if xgetbv1 => cpu.xcr0 & cpu.fpu.xinuse(),
         _ => return Err(cpu.gp(0)),
-    }
-    cpu.set_edx_eax(cpu.xcr0);
+    };
+    cpu.set_edx_eax(value);
     Ok(())
 }
 

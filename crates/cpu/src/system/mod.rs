@@ -35,7 +35,7 @@ mod tsc;
 use iced_x86::{Instruction, Mnemonic};
 
 pub(crate) use msr::Msrs;
-pub(crate) use tsc::{TscClock, host_tsc_hz};
+pub(crate) use tsc::{Tsc, host_tsc_hz};
 
 use crate::cpu::{CodeSize, Cpu};
 use crate::op::{Handler, Op};
@@ -56,6 +56,7 @@ pub(crate) fn select(insn: &Instruction, op: &mut Op, _: CodeSize) -> Option<Han
         .or_else(|| tables::select(insn, op))
         .or_else(|| msr::select(insn, op))
         .or_else(|| cpuid::select(insn, op))
+        .or_else(|| tsc::select(insn, op))
         .or_else(|| paravirt::select(insn, op))
         .or_else(|| halt::select(insn, op))
 }
@@ -80,6 +81,10 @@ pub(crate) fn continues(mnemonic: Mnemonic) -> bool {
             | Mnemonic::Rdfsbase
             | Mnemonic::Rdgsbase
             | Mnemonic::Xgetbv
+            | Mnemonic::Swapgs
+            | Mnemonic::Cli
+            | Mnemonic::Clac
+            | Mnemonic::Stac
             | Mnemonic::Pushf
             | Mnemonic::Pushfd
             | Mnemonic::Pushfq

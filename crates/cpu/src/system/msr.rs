@@ -1,20 +1,16 @@
 //! Model-specific registers (SDM vol. 4): one that is not named here does not exist, and touching it is #GP(0).
 
-use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
-
 use iced_x86::{Instruction, Mnemonic};
-use skep_hv::cpuid::CpuidTable;
 
 use super::cpuid::ARCH_CAPABILITIES;
 use super::model::Model;
 use super::mtrr::Mtrrs;
 use super::paravirt::Paravirt;
-use super::tsc::{Tsc, TscClock};
-use crate::cpu::{Cpu, cr0, efer, seg};
+use crate::cpu::{Cpu, cr0, cr4, efer, seg};
 use crate::fault::Exec;
 use crate::op::{Handler, Op};
 use crate::regs::at;
+use crate::vm::Shared;
 
 /// Numbers, SDM vol. 4 table 2-2.
 pub(crate) mod index {
@@ -76,8 +72,6 @@ const PAT_RESET: u64 = 0x0007_0406_0007_0406;
 pub(crate) struct Msrs {
     /// What the processor has.
     pub(crate) model: Model,
-    /// Time-stamp counter.
-    pub(crate) tsc: Tsc,
     /// KVM's paravirtual interface.
     pub(crate) kvm: Paravirt,
     pub(crate) star: u64,
@@ -101,13 +95,12 @@ pub(crate) struct Msrs {
 }
 
 impl Msrs {
-    /// Registers in their reset state. `offset` shows other threads what this processor adds to the VM's TSC.
-    pub(crate) fn new(cpuid: &CpuidTable, clock: TscClock, offset: Arc<AtomicU64>) -> Self {
-        let model = Model::new(cpuid);
+    /// Registers in their reset state.
+    pub(crate) fn new(_id: u32, shared: &Shared) -> Self {
+        let model = Model::new(&shared.cpuid);
         Self {
             mtrrs: Mtrrs::new(model.physical_bits),
             model,
-            tsc: Tsc::new(clock, offset),
             kvm: Paravirt::default(),
             star: 0,
             lstar: 0,
@@ -129,10 +122,8 @@ impl Msrs {
         }
     }
 
-    /// Power-on values for everything but the model and the TSC's origin.
+    /// Power-on values for everything but the model.
     pub(crate) fn reset(&mut self) {
-        self.tsc.write(0);
-        self.tsc.adjust = 0;
         self.kvm = Paravirt::default();
         self.mtrrs = Mtrrs::new(self.model.physical_bits);
         for register in [
@@ -185,17 +176,17 @@ impl Cpu {
     pub(crate) fn msr_read(&mut self, msr: u32) -> Option<u64> {
         let m = &self.msrs;
         Some(match msr {
-            index::TSC => m.tsc.now(),
+            index::TSC => self.tsc.now(),
             index::PLATFORM_ID | index::BIOS_UPDT_TRIG => 0,
             index::APIC_BASE | index::TSC_DEADLINE | index::X2APIC..=index::X2APIC_LAST => {
                 return self.io().apic_msr_read(msr);
             }
             index::FEATURE_CONTROL => m.feature_control,
-            index::TSC_ADJUST if m.model.tsc_adjust => m.tsc.adjust,
+            index::TSC_ADJUST if m.model.tsc_adjust => self.tsc.adjust(),
             index::SPEC_CTRL if m.model.spec_ctrl => m.spec_ctrl,
             index::BIOS_SIGN_ID => MICROCODE << 32,
             // Maximum non-turbo ratio in units of 100 MHz, which is the TSC's.
-            index::PLATFORM_INFO => ((m.tsc.clock.hz() + 50_000_000) / 100_000_000 & 0xff) << 8,
+            index::PLATFORM_INFO => ((self.tsc.hz() + 50_000_000) / 100_000_000 & 0xff) << 8,
             index::ARCH_CAPABILITIES if m.model.arch_capabilities => ARCH_CAPABILITIES,
             index::SYSENTER_CS => m.sysenter_cs,
             index::SYSENTER_ESP => m.sysenter_esp,
@@ -226,15 +217,16 @@ impl Cpu {
 
     /// Writes an MSR; `None`: #GP(0), and nothing has changed.
     pub(crate) fn msr_write(&mut self, msr: u32, value: u64) -> Option<()> {
-        let canonical = self.canonical(value) || !self.has_long_mode();
+        let shift = if self.cr4 & cr4::LA57 != 0 { 7 } else { 16 };
+        let canonical = ((value << shift) as i64 >> shift) as u64 == value;
         let m = &mut self.msrs;
         let keep = |register: &mut u64, allowed: bool| {
             allowed.then(|| *register = value)
         };
         match msr {
             index::TSC => {
-                m.tsc.write(value);
-                self.kvm_clock_changed();
+                self.tsc.write(value);
+                self.tsc_changed();
             }
             index::APIC_BASE | index::TSC_DEADLINE | index::X2APIC..=index::X2APIC_LAST => {
                 let flow = self.io().apic_msr_write(msr, value)?;
@@ -245,8 +237,8 @@ impl Cpu {
             // Locked: any write is refused (SDM vol. 3C §24.7).
             index::FEATURE_CONTROL => return None,
             index::TSC_ADJUST if m.model.tsc_adjust => {
-                m.tsc.write_adjust(value);
-                self.kvm_clock_changed();
+                self.tsc.write_adjust(value);
+                self.tsc_changed();
             }
             index::SPEC_CTRL if m.model.spec_ctrl => return keep(&mut m.spec_ctrl, value & !SPEC_CTRL == 0),
             index::PRED_CMD if m.model.spec_ctrl => return (value & !1 == 0).then_some(()),
@@ -282,10 +274,6 @@ impl Cpu {
             }
         }
         Some(())
-    }
-
-    fn has_long_mode(&self) -> bool {
-        self.msrs.model.efer & efer::LME != 0
     }
 
     /// WRMSR IA32_EFER (SDM vol. 3A §2.2.1, §10.8.5).

@@ -3,31 +3,39 @@
 #![expect(unsafe_code, reason = "RDTSC and clock_gettime")]
 
 use std::arch::x86_64::{__cpuid, __cpuid_count};
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::OnceLock;
 
-/// How the VM's TSC follows from the host's.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct TscClock {
+use iced_x86::{Instruction, Mnemonic};
+
+use crate::cpu::{Cpu, cr4};
+use crate::fault::Exec;
+use crate::op::{Handler, Op};
+use crate::regs::at;
+
+/// One processor's TSC. Copies that are made before a guest has written to it agree.
+#[derive(Debug, Clone)]
+pub(crate) struct Tsc {
     hz: u64,
     /// Host TSC when the guest's is zero.
     origin: u64,
     /// Guest ticks per host tick as a 64.64 fixed-point number; `None` for one.
     ratio: Option<(u64, u64)>,
+    /// What this processor's guest has added.
+    offset: u64,
+    adjust: u64,
 }
 
-impl TscClock {
-    /// A TSC that starts at zero now and runs at `hz`, or as fast as the host's.
-    pub(crate) fn new(hz: Option<u64>) -> Self {
-        let host = host_tsc_hz();
-        Self::with_host(hz.unwrap_or(host), host, host_tsc())
+impl Tsc {
+    /// A TSC that starts at zero now and runs at `hz`.
+    pub(crate) fn new(hz: u64) -> Self {
+        Self::with_host(hz, host_tsc_hz(), host_tsc())
     }
 
     fn with_host(hz: u64, host: u64, origin: u64) -> Self {
         let (hz, host) = (hz.max(1), host.max(1));
         let whole = hz / host;
         let fraction = ((u128::from(hz % host) << 64) / u128::from(host)) as u64;
-        Self { hz, origin, ratio: (hz != host).then_some((whole, fraction)) }
+        Self { hz, origin, ratio: (hz != host).then_some((whole, fraction)), offset: 0, adjust: 0 }
     }
 
     /// Frequency in Hz.
@@ -35,7 +43,7 @@ impl TscClock {
         self.hz
     }
 
-    /// The VM's count now, before any processor's own offset.
+    /// The count.
     #[inline]
     pub(crate) fn now(&self) -> u64 {
         self.at(host_tsc())
@@ -44,36 +52,24 @@ impl TscClock {
     fn at(&self, host: u64) -> u64 {
         // Host processors whose counters are a few ticks behind the creator's must not wrap.
         let ticks = host.saturating_sub(self.origin);
-        match self.ratio {
+        let ticks = match self.ratio {
             None => ticks,
             Some((whole, fraction)) => {
                 let part = (u128::from(ticks) * u128::from(fraction)) >> 64;
                 ticks.wrapping_mul(whole).wrapping_add(part as u64)
             }
-        }
+        };
+        ticks.wrapping_add(self.offset)
     }
-}
 
-/// One processor's TSC.
-#[derive(Debug)]
-pub(crate) struct Tsc {
-    /// The VM's.
-    pub(crate) clock: TscClock,
+    /// What this processor adds to the VM's count.
+    pub(crate) fn offset(&self) -> u64 {
+        self.offset
+    }
+
     /// IA32_TSC_ADJUST.
-    pub(crate) adjust: u64,
-    offset: Arc<AtomicU64>,
-}
-
-impl Tsc {
-    /// A processor's TSC that agrees with the VM's. `offset` is where other threads can see what is added to the clock.
-    pub(crate) fn new(clock: TscClock, offset: Arc<AtomicU64>) -> Self {
-        Self { clock, adjust: 0, offset }
-    }
-
-    /// The count.
-    #[inline]
-    pub(crate) fn now(&self) -> u64 {
-        self.clock.now().wrapping_add(self.offset.load(Ordering::Relaxed))
+    pub(crate) fn adjust(&self) -> u64 {
+        self.adjust
     }
 
     /// WRMSR IA32_TIME_STAMP_COUNTER: moves IA32_TSC_ADJUST by as much (§18.17.3).
@@ -90,13 +86,22 @@ impl Tsc {
 
     fn add(&mut self, by: u64) {
         self.adjust = self.adjust.wrapping_add(by);
-        self.offset.fetch_add(by, Ordering::Relaxed);
+        self.offset = self.offset.wrapping_add(by);
     }
 
-    /// Puts back a saved count and adjustment, which then are independent of this VM's origin.
-    pub(crate) fn restore(&mut self, value: u64, adjust: u64) {
-        self.offset.store(value.wrapping_sub(self.clock.now()), Ordering::Relaxed);
+    /// Puts back a saved count; what the guest had added to it is told by [`Tsc::restore_adjust`].
+    pub(crate) fn restore(&mut self, value: u64) {
+        self.offset = self.offset.wrapping_add(value.wrapping_sub(self.now()));
+    }
+
+    /// Puts back a saved adjustment without moving the count.
+    pub(crate) fn restore_adjust(&mut self, adjust: u64) {
         self.adjust = adjust;
+    }
+
+    /// Agrees with the VM's count again.
+    pub(crate) fn reset(&mut self) {
+        (self.offset, self.adjust) = (0, 0);
     }
 }
 
@@ -173,32 +178,79 @@ fn raw_ns() -> u64 {
     time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64
 }
 
+pub(super) fn select(insn: &Instruction, _: &mut Op) -> Option<Handler> {
+    Some(match insn.mnemonic() {
+        Mnemonic::Rdtsc => rdtsc,
+        Mnemonic::Rdtscp => rdtscp,
+        Mnemonic::Rdpid => rdpid,
+        Mnemonic::Rdpmc => rdpmc,
+        _ => return None,
+    })
+}
+
+/// #GP(0) above level 0 if CR4.TSD says so.
+fn allowed(cpu: &mut Cpu) -> Exec {
+    if cpu.mode.cpl > 0 && cpu.cr4 & cr4::TSD != 0 { Err(cpu.gp(0)) } else { Ok(()) }
+}
+
+fn rdtsc(cpu: &mut Cpu, _: &Op) -> Exec {
+    allowed(cpu)?;
+    let now = cpu.tsc.now();
+    cpu.set_edx_eax(now);
+    Ok(())
+}
+
+fn rdtscp(cpu: &mut Cpu, _: &Op) -> Exec {
+    if !cpu.msrs.model.rdtscp {
+        return Err(cpu.ud());
+    }
+    allowed(cpu)?;
+    let now = cpu.tsc.now();
+    cpu.set_edx_eax(now);
+    cpu.regs.set(at::RCX, cpu.msrs.tsc_aux as u32);
+    Ok(())
+}
+
+fn rdpid(cpu: &mut Cpu, op: &Op) -> Exec {
+    if !cpu.msrs.model.rdpid {
+        return Err(cpu.ud());
+    }
+    cpu.regs.set64(op.dst, cpu.msrs.tsc_aux);
+    Ok(())
+}
+
+/// There are no counters to name.
+fn rdpmc(cpu: &mut Cpu, _: &Op) -> Exec {
+    Err(cpu.gp(0))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
     fn the_count_is_scaled_without_loss() {
-        let clock = TscClock::with_host(3_000_000_000, 2_000_000_000, 1000);
+        let clock = Tsc::with_host(3_000_000_000, 2_000_000_000, 1000);
         assert_eq!(clock.at(1000), 0);
         assert_eq!(clock.at(1002), 3);
         assert_eq!(clock.at(500), 0, "a counter behind the origin does not wrap");
         let year = 365 * 86_400 * 2_000_000_000u64;
         assert!(clock.at(1000 + year).abs_diff(year / 2 * 3) < 2);
-        let slow = TscClock::with_host(1_000_000_000, 3_000_000_000, 0);
+        let slow = Tsc::with_host(1_000_000_000, 3_000_000_000, 0);
         assert!(slow.at(3_000_000_000).abs_diff(1_000_000_000) < 2);
     }
 
     #[test]
     fn count_and_adjustment_move_together() {
-        let mut tsc = Tsc::new(TscClock::new(None), Arc::default());
+        let mut tsc = Tsc::new(host_tsc_hz());
         tsc.write_adjust(1 << 60);
         assert!(tsc.now() >= 1 << 60);
-        let (count, adjust) = (tsc.now(), tsc.adjust);
+        let (count, adjust) = (tsc.now(), tsc.adjust());
         tsc.write(count.wrapping_sub(1 << 59));
-        assert!(tsc.adjust <= adjust - (1 << 59));
-        tsc.restore(5, 7);
-        assert!(tsc.adjust == 7 && tsc.now() < 1 << 50);
+        assert!(tsc.adjust() <= adjust - (1 << 59));
+        tsc.restore(5);
+        tsc.restore_adjust(7);
+        assert!(tsc.adjust() == 7 && tsc.now() < 1 << 50);
     }
 
     #[test]
