@@ -9,7 +9,7 @@ use crate::cpu::{Cpu, fl};
 use crate::fault::{Exec, vector};
 use crate::mmu::{Access, MemWord};
 use crate::op::{Handler, Op};
-use crate::regs::{Word, at};
+use crate::regs::at;
 
 pub(super) fn select(insn: &Instruction, op: &mut Op, form: Form) -> Option<Handler> {
     Some(match insn.mnemonic() {
