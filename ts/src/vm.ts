@@ -42,14 +42,8 @@ export interface RunOptions extends CreateOptions {
   timeout?: number | undefined
 }
 
-/** Machines whose guests may be running. They end with the process, and hold back its end. */
+/** Machines that run: they are not collected, whether anybody holds them or not. The addon ends them with the process. */
 const live = new Set<Vm>()
-
-process.on('exit', () => {
-  for (const vm of live) vm[abandon]()
-})
-
-const abandon = Symbol('abandon')
 
 /**
  * A machine. It is created stopped, runs, may be paused, and ends; it never starts again after that.
@@ -83,7 +77,6 @@ export class Vm extends EventEmitter<VmEventMap> implements AsyncDisposable {
   #native!: NativeMachine
   #settle!: (exit: VmExit) => void
   #ended: VmExit | undefined
-  #referenced = true
   #destroyed: Promise<void> | undefined
 
   private constructor(spec: MachineSpec, scrollback: number) {
@@ -136,7 +129,6 @@ export class Vm extends EventEmitter<VmEventMap> implements AsyncDisposable {
         },
       ),
     )
-    vm.#native.unref()
     if (signal?.aborted) {
       await vm[Symbol.asyncDispose]()
       signal.throwIfAborted()
@@ -184,11 +176,10 @@ export class Vm extends EventEmitter<VmEventMap> implements AsyncDisposable {
   /** Lets the processors run. From `'created'`. */
   async start(options: Abortable = {}): Promise<void> {
     live.add(this)
-    if (this.#referenced) this.#native.ref()
     try {
       await this.#command('start', () => this.#native.start(), options)
     } catch (error) {
-      if (this.state === 'created') this.#release()
+      if (this.state === 'created') live.delete(this)
       throw error
     }
   }
@@ -289,14 +280,12 @@ export class Vm extends EventEmitter<VmEventMap> implements AsyncDisposable {
 
   /** Keeps the process alive while the machine runs; so it is from the start. */
   ref(): this {
-    this.#referenced = true
-    if (live.has(this)) this.#native.ref()
+    this.#native.ref()
     return this
   }
 
   /** Lets the process end although the machine runs; the machine ends with it. */
   unref(): this {
-    this.#referenced = false
     this.#native.unref()
     return this
   }
@@ -308,11 +297,6 @@ export class Vm extends EventEmitter<VmEventMap> implements AsyncDisposable {
       this.#end({ type: 'exit', reason: 'killed', status: 4, time: Date.now() })
     })
     await this.#destroyed
-  }
-
-  /** The process exits: nobody will wait for the answer. */
-  [abandon](): void {
-    this.#native.kill().catch(() => {})
   }
 
   async #command<T>(verb: string, call: () => Promise<T>, options: Abortable): Promise<T> {
@@ -388,17 +372,12 @@ export class Vm extends EventEmitter<VmEventMap> implements AsyncDisposable {
     if (this.#ended) return
     const { type: _, time: __, ...exit } = event
     this.#ended = exit
-    this.#release()
+    live.delete(this)
     this.#tell(event)
     for (const queue of this.#queues) queue.end()
     for (const port of this.#ports.values()) port.end(exit)
     this.#settle(exit)
     this.emit('exit', event)
-  }
-
-  #release(): void {
-    live.delete(this)
-    this.#native.unref()
   }
 }
 

@@ -20,85 +20,89 @@ const serialKind: ConfigOption = { expects: '"console", "file" or "none"', about
 const serialPath: ConfigOption = { expects: 'a path', about: 'The file that takes the output.' }
 
 /** All options, by path. */
-export const configOptions: Readonly<Record<string, ConfigOption>> = {
-  '': { expects: 'an object', about: 'A machine.' },
-  version: { expects: '1', about: 'Version of the form.' },
-  name: {
-    expects: '1 to 255 bytes of text without control characters',
-    about: 'Name, for people and for SMBIOS. Default vm.',
-  },
-  uuid: {
-    expects: 'a UUID such as 01234567-89ab-cdef-0123-456789abcdef',
-    about: 'UUID for SMBIOS. Default: made of the name.',
-  },
-  cpus: {
-    expects: 'a whole number from 1 to 64, or { sockets, cores, threads } whose product is one',
-    about: 'Number of processors or their topology. Default 1.',
-  },
-  'cpus.sockets': { expects: 'a whole number from 1 to 64', about: 'Packages. Default 1.' },
-  'cpus.cores': { expects: 'a whole number from 1 to 64', about: 'Cores in a package. Default 1.' },
-  'cpus.threads': { expects: 'a whole number from 1 to 64', about: 'Threads of a core. Default 1.' },
-  memory: {
-    expects: 'a size from 2M to 16T in whole MiB, such as 512M or 2G (or a number of bytes)',
-    about: 'Guest memory. Default 256M.',
-  },
-  'memory.size': {
-    expects: 'a size from 2M to 16T in whole MiB, such as 512M or 2G (or a number of bytes)',
-    about: 'How much.',
-  },
-  accel: { expects: '"auto", "software" or "kvm"', about: 'What runs the processors. Default auto.' },
-  engine: { expects: '"auto" or "interpreter"', about: 'The engine of the software CPU. Default auto.' },
-  boot: { expects: '{ kernel } or { rom }', about: 'What is booted.' },
-  'boot.kind': { expects: '"kernel" or "rom"', about: 'Tells the two kinds of boot apart.' },
-  'boot.kernel': { expects: 'a path', about: 'Linux bzImage, ELF with a PVH note, or multiboot image.' },
-  'boot.initrd': { expects: 'a path', about: 'Initial RAM disk.' },
-  'boot.cmdline': { expects: 'at most 65536 bytes of text without NUL', about: "The kernel's command line." },
-  'boot.modules': { expects: 'an array of at most 64 { path, cmdline }', about: 'Multiboot and PVH modules.' },
-  'boot.modules[]': { expects: '{ path, cmdline }', about: 'A file handed to the kernel.' },
-  'boot.modules[].path': { expects: 'a path', about: 'The file.' },
-  'boot.modules[].cmdline': { expects: 'at most 65536 bytes of text without NUL', about: 'Its command line.' },
-  'boot.rom': { expects: 'a path', about: 'A flat firmware image whose end is at 4 GiB, at most 16 MiB.' },
-  devices: { expects: 'devices by slot: { "0:31:0": { "type": "lpc" } }', about: 'Devices by bus:device:function.' },
-  'devices["0:31:0"]': { expects: '{ type: "lpc" }', about: 'The LPC bridge and its serial ports.' },
-  'devices["0:31:0"].type': { expects: '"lpc"', about: 'The kind of device.' },
-  'devices["0:31:0"].com1': port('1', '0x3f8, IRQ 4', 'console'),
-  'devices["0:31:0"].com2': port('2', '0x2f8, IRQ 3', 'none'),
-  'devices["0:31:0"].com3': port('3', '0x3e8, IRQ 4', 'none'),
-  'devices["0:31:0"].com4': port('4', '0x2e8, IRQ 3', 'none'),
-  ...Object.fromEntries(
-    [1, 2, 3, 4].flatMap((n) => [
-      [`devices["0:31:0"].com${n}.kind`, serialKind],
-      [`devices["0:31:0"].com${n}.path`, serialPath],
-    ]),
-  ),
-  debugExit: {
-    expects: 'true or false',
-    about: 'Whether a write to port 0xf4 ends the machine with the status (value << 1) | 1. Default false.',
-  },
-  rtc: { expects: '"utc" or "localtime"', about: 'What the real-time clock shows. Default utc.' },
-  onReboot: {
-    expects: '"restart" or "exit"',
-    about: 'Whether a guest that reboots starts again or ends the machine. Default restart.',
-  },
-}
+export const configOptions: ReadonlyMap<string, ConfigOption> = new Map(
+  Object.entries({
+    '': { expects: 'an object', about: 'A machine.' },
+    version: { expects: '1', about: 'Version of the form.' },
+    name: {
+      expects: '1 to 255 bytes of text without control characters',
+      about: 'Name, for people and for SMBIOS. Default vm.',
+    },
+    uuid: {
+      expects: 'a UUID such as 01234567-89ab-cdef-0123-456789abcdef',
+      about: 'UUID for SMBIOS. Default: made of the name.',
+    },
+    cpus: {
+      expects: 'a whole number from 1 to 64, or { sockets, cores, threads } whose product is one',
+      about: 'Number of processors or their topology. Default 1.',
+    },
+    'cpus.sockets': { expects: 'a whole number from 1 to 64', about: 'Packages. Default 1.' },
+    'cpus.cores': { expects: 'a whole number from 1 to 64', about: 'Cores in a package. Default 1.' },
+    'cpus.threads': { expects: 'a whole number from 1 to 64', about: 'Threads of a core. Default 1.' },
+    memory: {
+      expects: 'a size from 2M to 16T in whole MiB, such as 512M or 2G (or a number of bytes)',
+      about: 'Guest memory. Default 256M.',
+    },
+    'memory.size': {
+      expects: 'a size from 2M to 16T in whole MiB, such as 512M or 2G (or a number of bytes)',
+      about: 'How much.',
+    },
+    accel: { expects: '"auto", "software" or "kvm"', about: 'What runs the processors. Default auto.' },
+    engine: { expects: '"auto" or "interpreter"', about: 'The engine of the software CPU. Default auto.' },
+    boot: { expects: '{ kernel } or { rom }', about: 'What is booted.' },
+    'boot.kind': { expects: '"kernel" or "rom"', about: 'Tells the two kinds of boot apart.' },
+    'boot.kernel': { expects: 'a path', about: 'Linux bzImage, ELF with a PVH note, or multiboot image.' },
+    'boot.initrd': { expects: 'a path', about: 'Initial RAM disk.' },
+    'boot.cmdline': { expects: 'at most 65536 bytes of text without NUL', about: "The kernel's command line." },
+    'boot.modules': { expects: 'an array of at most 64 { path, cmdline }', about: 'Multiboot and PVH modules.' },
+    'boot.modules[]': { expects: '{ path, cmdline }', about: 'A file handed to the kernel.' },
+    'boot.modules[].path': { expects: 'a path', about: 'The file.' },
+    'boot.modules[].cmdline': { expects: 'at most 65536 bytes of text without NUL', about: 'Its command line.' },
+    'boot.rom': { expects: 'a path', about: 'A flat firmware image whose end is at 4 GiB, at most 16 MiB.' },
+    devices: { expects: 'devices by slot: { "0:31:0": { "type": "lpc" } }', about: 'Devices by bus:device:function.' },
+    'devices["0:31:0"]': { expects: '{ type: "lpc" }', about: 'The LPC bridge and its serial ports.' },
+    'devices["0:31:0"].type': { expects: '"lpc"', about: 'The kind of device.' },
+    'devices["0:31:0"].com1': port('1', '0x3f8, IRQ 4', 'console'),
+    'devices["0:31:0"].com2': port('2', '0x2f8, IRQ 3', 'none'),
+    'devices["0:31:0"].com3': port('3', '0x3e8, IRQ 4', 'none'),
+    'devices["0:31:0"].com4': port('4', '0x2e8, IRQ 3', 'none'),
+    ...Object.fromEntries(
+      [1, 2, 3, 4].flatMap((n) => [
+        [`devices["0:31:0"].com${n}.kind`, serialKind],
+        [`devices["0:31:0"].com${n}.path`, serialPath],
+      ]),
+    ),
+    debugExit: {
+      expects: 'true or false',
+      about: 'Whether a write to port 0xf4 ends the machine with the status (value << 1) | 1. Default false.',
+    },
+    rtc: { expects: '"utc" or "localtime"', about: 'What the real-time clock shows. Default utc.' },
+    onReboot: {
+      expects: '"restart" or "exit"',
+      about: 'Whether a guest that reboots starts again or ends the machine. Default restart.',
+    },
+  }),
+)
 
 /** Options of parts that this version does not have, by path, and what those parts are called. */
-export const unsupportedOptions: Readonly<Record<string, string>> = {
-  disks: 'disks',
-  nics: 'networks',
-  shares: 'shared folders',
-  display: 'a display',
-  keyboard: 'a keyboard',
-  usb: 'USB',
-  audio: 'audio',
-  tpm: 'a TPM',
-  gdb: 'a debug stub',
-  'memory.wired': 'wired memory',
-  'memory.hugepages': 'huge pages',
-  'boot.uefi': 'UEFI',
-  'boot.disk': 'disks',
-  'boot.image': 'images in the configuration',
-}
+export const unsupportedOptions: ReadonlyMap<string, string> = new Map(
+  Object.entries({
+    disks: 'disks',
+    nics: 'networks',
+    shares: 'shared folders',
+    display: 'a display',
+    keyboard: 'a keyboard',
+    usb: 'USB',
+    audio: 'audio',
+    tpm: 'a TPM',
+    gdb: 'a debug stub',
+    'memory.wired': 'wired memory',
+    'memory.hugepages': 'huge pages',
+    'boot.uefi': 'UEFI',
+    'boot.disk': 'disks',
+    'boot.image': 'images in the configuration',
+  }),
+)
 
 /** bhyve's devices that this version does not have. */
 export const unsupportedDevices: ReadonlySet<string> = new Set([
@@ -130,7 +134,7 @@ export const unsupportedDevices: ReadonlySet<string> = new Set([
 /** Names of the options one level under `path`. */
 export function childrenOf(path: string): string[] {
   const prefix = path === '' ? '' : `${path}.`
-  const all = [...Object.keys(configOptions), ...Object.keys(unsupportedOptions)]
+  const all = [...configOptions.keys(), ...unsupportedOptions.keys()]
   return all
     .filter((name) => name !== '' && name.startsWith(prefix))
     .map((name) => name.slice(prefix.length))

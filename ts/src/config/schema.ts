@@ -109,7 +109,7 @@ interface JsonNode {
 }
 
 function describe(node: JsonNode, at: string): void {
-  const option = configOptions[at]
+  const option = configOptions.get(at)
   if (option && at !== '') node.description = option.about
   describeParts(node, at)
 }

@@ -66,6 +66,7 @@ function meantBranch(branches: readonly Issue[][]): readonly Issue[] | undefined
 }
 
 function isTypeIssue(issue: Issue): boolean {
+  if (issue.code === 'invalid_union') return meantBranch(issue.errors) === undefined
   return issue.code === 'invalid_type' || issue.code === 'invalid_value' || issue.code === 'invalid_format'
 }
 
@@ -83,7 +84,7 @@ function unknown(path: readonly Key[], key: string, parent: unknown): ConfigIssu
   const at = formatPath(path)
   const value = valueAt(parent, [key])
   if (at === 'devices') return unknownSlot(full, key, value)
-  const part = unsupportedOptions[full]
+  const part = unsupportedOptions.get(full)
   if (part !== undefined) {
     return { code: 'ERR_CONFIG_UNSUPPORTED', path: full, message: `${full}: this version of skep has no ${part} yet` }
   }
@@ -124,7 +125,7 @@ function generic(path: readonly Key[]): string {
 
 function issueAt(keys: readonly Key[], value: unknown): ConfigIssue {
   const path = formatPath(keys)
-  const option = configOptions[generic(keys)]
+  const option = configOptions.get(generic(keys))
   const expects = option?.expects ?? 'another value'
   const subject = path === '' ? 'the configuration' : path
   if (value === undefined) {
