@@ -102,7 +102,7 @@ impl Device for Pit {
 
     fn read_register(&mut self, offset: u64, _width: u8, now: u64) -> u64 {
         let value = match offset {
-            0..CONTROL => {
+            0..=2 => {
                 if offset == 0 {
                     self.settle(now);
                 }
@@ -129,7 +129,7 @@ impl Device for Pit {
             channel.settle(now);
         }
         match (offset, value >> 6) {
-            (0..CONTROL, _) => self.state.channels[offset as usize].write(value, now),
+            (0..=2, _) => self.state.channels[offset as usize].write(value, now),
             (CONTROL, 3) => self.read_back(value, now),
             (CONTROL, index) => self.state.channels[usize::from(index)].control(value, now),
             (SPEAKER, _) => {
