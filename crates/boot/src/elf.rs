@@ -249,7 +249,7 @@ fn note(bytes: &[u8]) -> Option<(Note, &[u8])> {
 pub(crate) mod tests {
     use crate::BootKind;
     use crate::bytes::Writer;
-    use crate::testing::{Random, boot, failure, kernel, with_initrd};
+    use crate::testing::{Machine, Random, boot, failure, kernel, with_initrd};
 
     /// One segment of an image to build.
     pub(crate) struct Part {
@@ -392,22 +392,20 @@ pub(crate) mod tests {
     #[test]
     fn every_truncation_is_noticed() {
         let image = plain();
+        let machine = Machine::new(16 << 20, 0).unwrap();
         for len in 4..image.len() {
-            assert_eq!(
-                failure(kernel(&image[..len], ""), 16 << 20).code(),
-                "ERR_KERNEL_TRUNCATED",
-                "cut to {len} of {}",
-                image.len()
-            );
+            let error = machine.load(kernel(&image[..len], "")).unwrap_err();
+            assert_eq!(error.code(), "ERR_KERNEL_TRUNCATED", "cut to {len} of {}", image.len());
         }
     }
 
     #[test]
     fn damage_never_panics() {
+        let machine = Machine::new(8 << 20, 0).unwrap();
         let mut random = Random(11);
         let images =
             [plain(), elf64(62, 0x10_0000, &[load_part(0x10_0000, &[1], 1), note_part("Xen", 18, &[0; 4])])];
-        for _ in 0..600 {
+        for _ in 0..4000 {
             let mut image = images[random.below(2) as usize].clone();
             for _ in 0..=random.below(4) {
                 let at = random.below(200.min(image.len() as u64)) as usize;
@@ -418,7 +416,7 @@ pub(crate) mod tests {
                 };
             }
             image.truncate(random.below(image.len() as u64).max(1) as usize * 2);
-            drop(boot(kernel(&image, ""), 8 << 20));
+            drop(machine.load(kernel(&image, "")));
         }
     }
 }

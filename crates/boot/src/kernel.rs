@@ -84,6 +84,7 @@ fn unknown(kernel: &Input, head: &[u8]) -> BootError {
         () if at(0, &[0x1f, 0x8b]) => compressed("gzip"),
         () if at(0, &[0xfd, b'7', b'z', b'X', b'Z', 0]) => compressed("xz"),
         () if at(0, &[0x28, 0xb5, 0x2f, 0xfd]) => compressed("zstd"),
+        () if at(0, &[0x02, 0x21, 0x4c, 0x18]) || at(0, &[0x04, 0x22, 0x4d, 0x18]) => compressed("lz4"),
         () if at(0, b"BZh") => compressed("bzip2"),
         () if at(0, b"07070") => "is a cpio archive; that belongs in boot.initrd".into(),
         () if at(0, b"QFI\xfb") => "is a qcow2 disk image, not a kernel".into(),

@@ -49,18 +49,35 @@ impl Booted {
     }
 }
 
-/// Boots `payload` in `size` bytes of memory full of garbage, as a reset machine's is.
-pub(crate) fn boot(payload: Payload, size: u64) -> Result<Booted, BootError> {
-    let layout = MemoryLayout::new(size, payload.rom_size())?;
-    let memory = GuestMemory::new(&layout.regions()).unwrap();
-    for start in [0, 0xc_0000, 0x10_0000, 0x20_0000, 0x100_0000] {
-        if size > start {
-            memory.write(start, &vec![0xcc; (size - start).min(0x4_0000) as usize]).unwrap();
+/// A machine whose memory is full of garbage, as that of one that resets is. Loads one payload after the other.
+pub(crate) struct Machine {
+    layout: MemoryLayout,
+    memory: GuestMemory,
+}
+
+impl Machine {
+    pub(crate) fn new(size: u64, rom: u64) -> Result<Self, BootError> {
+        let layout = MemoryLayout::new(size, rom)?;
+        let memory = GuestMemory::new(&layout.regions()).unwrap();
+        for start in [0, 0xc_0000, 0x10_0000, 0x20_0000, 0x100_0000] {
+            if size > start {
+                memory.write(start, &vec![0xcc; (size - start).min(0x4_0000) as usize]).unwrap();
+            }
         }
+        Ok(Self { layout, memory })
     }
-    let options = crate::BootOptions { payload, layout, platform: Platform::new(2) };
-    let loaded = crate::load(&memory, &options)?;
-    Ok(Booted { memory, loaded })
+
+    pub(crate) fn load(&self, payload: Payload) -> Result<Loaded, BootError> {
+        let options = crate::BootOptions { payload, layout: self.layout, platform: Platform::new(2) };
+        crate::load(&self.memory, &options)
+    }
+}
+
+/// Boots `payload` in a new machine with `size` bytes of memory.
+pub(crate) fn boot(payload: Payload, size: u64) -> Result<Booted, BootError> {
+    let machine = Machine::new(size, payload.rom_size())?;
+    let loaded = machine.load(payload)?;
+    Ok(Booted { memory: machine.memory, loaded })
 }
 
 /// A kernel in memory with nothing beside it.
