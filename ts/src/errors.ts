@@ -34,6 +34,34 @@ function entry<const C extends ErrorClass>(
   return { class: errorClass, meaning, remedy }
 }
 
+/** Files that a guest is loaded from. */
+const roles = { KERNEL: 'kernel', INITRD: 'initial RAM disk', MODULE: 'boot module', ROM: 'ROM' } as const
+/** What can be wrong with one, and what to do about it. */
+const faults = {
+  MISSING: ['does not exist', 'Check the path.'],
+  IS_DIRECTORY: ['is a directory', 'Name the file in it.'],
+  NOT_A_FILE: ['is a device, pipe or socket', 'Copy its contents to a file and name that.'],
+  PERMISSION: ['may not be read by this user', 'Give it read permission.'],
+  READ: ['cannot be read', "The message has the system's reason."],
+  EMPTY: ['has no bytes', 'See whether it was downloaded or built completely.'],
+  TRUNCATED: ['ends before what its header promises', 'Fetch or build it again.'],
+  FORMAT: ['is of no known format, or broken', 'The message says what it looks like and what to give instead.'],
+  MACHINE: ['is for another processor', 'Give one built for x86-64.'],
+  PLACEMENT: ['wants an address that it cannot have', 'The message says which, and why not.'],
+  TOO_LARGE: ['finds no room in guest memory', 'Give the machine more memory, or shrink the file.'],
+} as const
+
+type FileCode = `ERR_${keyof typeof roles}_${keyof typeof faults}`
+
+const fileErrors = Object.fromEntries(
+  Object.entries(roles).flatMap(([role, name]) =>
+    Object.entries(faults).map(([fault, [meaning, remedy]]) => [
+      `ERR_${role}_${fault}`,
+      entry('BootError', `The ${name} ${meaning}.`, remedy),
+    ]),
+  ),
+) as Readonly<Record<FileCode, ReturnType<typeof entry<'BootError'>>>>
+
 const table = {
   // Configuration, as TypeScript checks it.
   ERR_CONFIG_UNKNOWN: entry(
@@ -236,6 +264,50 @@ const table = {
   ERR_INTERNAL: entry('InternalError', 'A defect of skep.', 'Please report it with the message.'),
 
   // Loading a guest.
+  ...fileErrors,
+  ERR_ROM_SIZE: entry(
+    'BootError',
+    'The ROM has an impossible size.',
+    'Pad it at its start to a multiple of 4096 bytes, at most 16 MiB.',
+  ),
+  ERR_BOOT_NOTHING: entry('BootError', 'There is nothing to boot.', 'Give a kernel or a ROM.'),
+  ERR_BOOT_CONFLICT: entry(
+    'BootError',
+    'Two settings of the boot exclude each other.',
+    'Remove the one that the message names.',
+  ),
+  ERR_BOOT_MEMORY: entry(
+    'BootError',
+    'Guest memory does not match what is booted; a defect of skep.',
+    'Please report it.',
+  ),
+  ERR_CMDLINE_TOO_LONG: entry('BootError', 'The command line is longer than the kernel takes.', 'Shorten it.'),
+  ERR_CMDLINE_NUL: entry('BootError', 'A command line holds a NUL character.', 'Remove it.'),
+  ERR_MODULES_UNSUPPORTED: entry(
+    'BootError',
+    'A kernel of this kind takes no modules.',
+    'Pack them into the initial RAM disk.',
+  ),
+  ERR_MEMORY_TOO_SMALL: entry(
+    'BootError',
+    'There is too little memory for what is booted.',
+    'Give the machine more memory.',
+  ),
+  ERR_MEMORY_TOO_LARGE: entry(
+    'BootError',
+    'There is more memory than the machine can address.',
+    'Give it less memory.',
+  ),
+  ERR_MEMORY_ALIGNMENT: entry(
+    'BootError',
+    'The memory does not end at a page boundary.',
+    'Give a whole number of MiB.',
+  ),
+  ERR_CPUS_RANGE: entry(
+    'BootError',
+    "There are more processors than the machine's tables can hold.",
+    'Give fewer processors.',
+  ),
   ERR_BOOT_ENDED: entry(
     'BootError',
     'The machine ended before the guest was up.',
