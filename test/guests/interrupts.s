@@ -130,15 +130,13 @@ main:
         cli
 
 # 12: of two that wait the higher vector comes first.
-        gate    0x62, on_order
-        gate    0x73, on_order
+        gate    0x62, on_low
+        gate    0x73, on_high
+        movl    $0, order(%rip)
         apic_write APIC_ICR_LOW, 0x62 | 1 << 18
         call    ipi_sent
         apic_write APIC_ICR_LOW, 0x73 | 1 << 18
         call    ipi_sent
-        movl    $0, order(%rip)
-        gate    0x62, on_low
-        gate    0x73, on_high
         sti
         call    pit_pass
         cli
@@ -258,17 +256,15 @@ on_apic:
         apic_write APIC_EOI, 0
         iretq
 
-on_order:
-        apic_write APIC_EOI, 0
-        iretq
-
 on_low: shll    $8, order(%rip)
         orl     $0x62, order(%rip)
-        jmp     on_order
+        apic_write APIC_EOI, 0
+        iretq
 on_high:
         shll    $8, order(%rip)
         orl     $0x73, order(%rip)
-        jmp     on_order
+        apic_write APIC_EOI, 0
+        iretq
 
 # The first sends a second, which must not nest.
 on_nmi: push    %rax

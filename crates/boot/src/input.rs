@@ -111,7 +111,7 @@ impl Input {
     /// Takes bytes in memory; `name` is for messages.
     ///
     /// # Errors
-    /// There are none.
+    /// There are no bytes.
     pub fn bytes(role: Role, name: &str, bytes: impl Into<Arc<[u8]>>) -> Result<Self, BootError> {
         Self::new(role, name.into(), Arc::new(BytesSource(bytes.into())))
     }
