@@ -36,6 +36,8 @@
 
 pub mod acpi;
 pub mod device;
+#[doc(hidden)]
+pub mod drive;
 pub mod hpet;
 pub mod ioapic;
 pub mod irqchip;

@@ -98,6 +98,12 @@ impl HpetState {
         self.counter.wrapping_add(run)
     }
 
+    /// The same with its instant moved by `by` (wrapping); a halted counter has none.
+    fn shifted(&self, by: u64) -> Self {
+        let start = if self.running() { self.start.wrapping_add(by) } else { 0 };
+        Self { start, ..self.clone() }
+    }
+
     /// The line of timer `index` (index into [`HpetLines`]).
     fn line(&self, index: usize) -> usize {
         if self.legacy() && index < 2 { GSIS + index } else { self.timers[index].route() }
@@ -295,7 +301,7 @@ impl Snapshot for Hpet {
     type State = HpetState;
 
     fn save(&self, now: u64) -> HpetState {
-        HpetState { start: self.state.start.wrapping_sub(now), ..self.state.clone() }
+        self.state.shifted(now.wrapping_neg())
     }
 
     fn restore(&mut self, state: &HpetState, now: u64) -> Result<(), RestoreError> {
@@ -305,7 +311,7 @@ impl Snapshot for Hpet {
         if !valid {
             return Err(RestoreError { device: "hpet", what: "a register holds what it cannot" });
         }
-        self.state = HpetState { start: state.start.wrapping_add(now), ..state.clone() };
+        self.state = state.shifted(now);
         self.gate.set(self.state.legacy());
         self.update_lines();
         Ok(())

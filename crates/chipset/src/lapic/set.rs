@@ -57,6 +57,11 @@ mod waiting {
     pub(super) const STARTUP: u32 = 1;
     pub(super) const NMI: u32 = 2;
     pub(super) const MASKABLE: u32 = 4;
+
+    pub(super) fn bits(pending: skep_hv::Pending) -> u32 {
+        let bit = |waits, bit| if waits { bit } else { 0 };
+        bit(pending.startup, STARTUP) | bit(pending.nmi, NMI) | bit(pending.maskable, MASKABLE)
+    }
 }
 
 impl Slot {
@@ -83,9 +88,7 @@ impl Slot {
         let mut apic = self.lock();
         let result = change(&mut apic);
         let pending = apic.pending();
-        let bits = u32::from(pending.startup) * waiting::STARTUP
-            | u32::from(pending.nmi) * waiting::NMI
-            | u32::from(pending.maskable) * waiting::MASKABLE;
+        let bits = waiting::bits(pending);
         self.route.store(apic.route().pack(), Ordering::Release);
         self.base.store(apic.base(), Ordering::Release);
         let before = self.waiting.swap(bits, Ordering::AcqRel);

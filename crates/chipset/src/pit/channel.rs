@@ -347,9 +347,7 @@ impl Channel {
         self.settle(now);
         if gate {
             self.gate = true;
-            if self.mode.triggered() {
-                self.begin(self.value_written(), now);
-            } else if self.mode.periodic() && self.running {
+            if self.mode.triggered() || self.mode.periodic() && self.running {
                 self.begin(self.value_written(), now);
             } else {
                 self.start = now;
@@ -364,14 +362,15 @@ impl Channel {
         }
     }
 
-    /// The same counter with its instants moved by `by` (wrapping).
+    /// The same counter with its instants moved by `by` (wrapping); one that stands has none.
     pub(super) fn shifted(&self, by: u64) -> Self {
         let next = self.next.map(|next| Next {
             at: next.at.wrapping_add(by),
             start: next.start.wrapping_add(by),
             ..next
         });
-        Self { start: self.start.wrapping_add(by), next, ..self.clone() }
+        let start = if self.running { self.start.wrapping_add(by) } else { 0 };
+        Self { start, next, ..self.clone() }
     }
 
     /// Whether a saved counter is one.

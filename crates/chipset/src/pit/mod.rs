@@ -112,7 +112,7 @@ impl Device for Pit {
             }
             SPEAKER => {
                 self.state.channels[2].settle(now);
-                let refresh = if now / REFRESH_PERIOD & 1 != 0 { speaker::REFRESH } else { 0 };
+                let refresh = if (now / REFRESH_PERIOD) & 1 != 0 { speaker::REFRESH } else { 0 };
                 let out = if self.state.channels[2].out(now) { speaker::OUT } else { 0 };
                 self.state.speaker | refresh | out
             }

@@ -115,7 +115,7 @@ impl Ps2State {
     }
 
     /// The next byte from the keyboard, translated if that is on.
-    fn from_keyboard(&mut self) -> Option<u8> {
+    fn keyboard_byte(&mut self) -> Option<u8> {
         loop {
             let byte = self.keyboard.pop()?;
             if !self.mode(mode::TRANSLATE) {
@@ -138,7 +138,7 @@ impl Ps2State {
         }
         let mut next = self.answers.pop_front();
         if next.is_none() && !self.mode(mode::KEYBOARD_OFF) {
-            next = self.from_keyboard().map(|byte| (Origin::Keyboard, byte));
+            next = self.keyboard_byte().map(|byte| (Origin::Keyboard, byte));
         }
         if next.is_none() && !self.mode(mode::MOUSE_OFF) {
             next = self.mouse.pop().map(|byte| (Origin::Mouse, byte));

@@ -130,7 +130,7 @@ impl RtcState {
 
     fn encode(&self, value: i64) -> u8 {
         let value = value.rem_euclid(100) as u8;
-        if self.cell(cell::B) & control::BINARY != 0 { value } else { value / 10 << 4 | value % 10 }
+        if self.cell(cell::B) & control::BINARY != 0 { value } else { ((value / 10) << 4) | (value % 10) }
     }
 
     fn decode(&self, value: u8) -> i64 {
