@@ -109,7 +109,7 @@ macro_rules! divide {
             let (quotient, remainder, flags): (u64, u64, u64);
             // SAFETY: register arithmetic only; the caller made sure that it does not fault.
             unsafe {
-                asm!("xchg rax, {f}", "add al, 127", "sahf", "mov rax, {f}", $text, "mov {f}, rax", "lahf", "seto al",
+                asm!("add al, 127", "sahf", "mov rax, {f}", $text, "mov {f}, rax", "lahf", "seto al",
                     b = in(reg) by, f = inout(reg) low as u64 => quotient, inout("rax") u64::from(*status) => flags,
                     inout("rdx") high as u64 => remainder, options(nomem, nostack, pure));
             }
@@ -137,11 +137,11 @@ fn byte_divide(low: u8, high: u8, by: u8, status: &mut u16, signed: bool) -> (u8
     // SAFETY: register arithmetic only; the caller made sure that it does not fault.
     unsafe {
         if signed {
-            asm!("xchg rax, {f}", "add al, 127", "sahf", "mov rax, {f}", "idiv {b}", "mov {f}, rax", "lahf", "seto al",
+            asm!("add al, 127", "sahf", "mov rax, {f}", "idiv {b}", "mov {f}, rax", "lahf", "seto al",
                 b = in(reg_byte) by, f = inout(reg) dividend => result, inout("rax") u64::from(*status) => flags,
                 options(nomem, nostack, pure));
         } else {
-            asm!("xchg rax, {f}", "add al, 127", "sahf", "mov rax, {f}", "div {b}", "mov {f}, rax", "lahf", "seto al",
+            asm!("add al, 127", "sahf", "mov rax, {f}", "div {b}", "mov {f}, rax", "lahf", "seto al",
                 b = in(reg_byte) by, f = inout(reg) dividend => result, inout("rax") u64::from(*status) => flags,
                 options(nomem, nostack, pure));
         }
