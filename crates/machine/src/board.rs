@@ -171,3 +171,18 @@ impl Device for ConfigPorts {
         self.reset.reset(now);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_dword_to_the_configuration_address_is_no_reset() {
+        let mut ports = ConfigPorts { reset: ResetControl::new() };
+        assert_eq!(ports.write(0, 4, 0x8000_0600, 0), Effect::None);
+        assert_eq!(ports.write(0, 2, 0x0600, 0), Effect::None);
+        assert_eq!((ports.read(0, 4, 0), ports.read(4, 4, 0)), (0xffff_ffff, 0xffff_ffff));
+        assert_eq!((ports.read(0, 1, 0), ports.read(4, 1, 0)), (0xff, 0xff));
+        assert_eq!(ports.write(1, 1, layout::RESET_VALUE.into(), 0), Effect::Reset);
+    }
+}

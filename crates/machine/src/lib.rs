@@ -36,6 +36,6 @@ pub use accel::hypervisor;
 pub use bus::DeviceStats;
 pub use error::Error;
 pub use event::{End, Event, EventSink, Reason, ResetCause, State};
-pub use machine::{Command, MAX_TRANSFER, Machine, Reply, Stats};
+pub use machine::{Command, MAX_TRANSFER, Machine, Reply, Stats, VcpuCount};
 pub use serial::CONSOLE_WINDOW;
 pub use spec::MachineSpec;

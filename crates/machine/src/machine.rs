@@ -80,9 +80,19 @@ impl Command {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Stats {
     /// By vCPU.
-    pub vcpus: Vec<VcpuStats>,
+    pub vcpus: Vec<VcpuCount>,
     /// By device.
     pub devices: Vec<DeviceStats>,
+}
+
+/// Counters of one vCPU.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct VcpuCount {
+    /// Its number.
+    pub vcpu: u32,
+    /// What its back end has counted.
+    #[serde(flatten)]
+    pub counters: VcpuStats,
 }
 
 /// What arrives at the owner thread.

@@ -6,7 +6,7 @@ use std::sync::mpsc::{Receiver, channel};
 
 use skep_boot::BootOptions;
 use skep_chipset::Effect;
-use skep_hv::state::StateGroups;
+use skep_hv::state::{CpuState, StateGroups};
 use skep_hv::{RunEnd, Vm, monotonic_ns};
 use skep_memory::GuestMemory;
 
@@ -14,7 +14,7 @@ use crate::board::Board;
 use crate::bus::Outcome;
 use crate::error::Error;
 use crate::event::{End, Event, EventSink, Reason, ResetCause, State, wall_ms};
-use crate::machine::{Command, Helpers, MAX_TRANSFER, Message, Reply, StateCell, Stats};
+use crate::machine::{Command, Helpers, MAX_TRANSFER, Message, Reply, StateCell, Stats, VcpuCount};
 use crate::registers;
 use crate::spec::OnReboot;
 use crate::vcpu::{Order, Report, VcpuThread};
@@ -40,6 +40,9 @@ pub(crate) struct Owner {
 /// The general and system registers.
 const REGISTERS: StateGroups =
     StateGroups { general: true, system: true, fpu: false, msrs: false, debug: false, events: false };
+
+/// The MSR that places a local APIC (SDM vol. 3A §11.4.4).
+const IA32_APIC_BASE: u32 = 0x1b;
 
 impl Owner {
     /// The thread.
@@ -262,7 +265,8 @@ impl Owner {
     }
 
     fn stats(&self) -> Result<Stats, Error> {
-        let vcpus = self.vcpus.iter().map(|vcpu| self.ask(vcpu, Order::Stats)).collect::<Result<_, _>>()?;
+        let count = |(vcpu, thread)| Ok(VcpuCount { vcpu, counters: self.ask(thread, Order::Stats)? });
+        let vcpus = (0..).zip(&self.vcpus).map(count).collect::<Result<_, Error>>()?;
         Ok(Stats { vcpus, devices: self.board.bus.stats() })
     }
 
@@ -275,8 +279,17 @@ impl Owner {
         if self.state.get() == State::Running {
             return Err(self.refusal("read registers of"));
         }
-        let state = self.ask(self.vcpu(vcpu)?, |reply| Order::Get(REGISTERS, reply))??;
-        Ok(registers::to_json(&state).to_string())
+        Ok(registers::to_json(&self.get_registers(vcpu)?).to_string())
+    }
+
+    /// What a vCPU holds, and what its local APIC holds of its registers.
+    fn get_registers(&self, vcpu: u32) -> Result<CpuState, Error> {
+        let mut state = self.ask(self.vcpu(vcpu)?, |reply| Order::Get(REGISTERS, reply))??;
+        if let Some(system) = &mut state.system {
+            system.apic_base = self.board.apics.apic_base(vcpu);
+            system.cr8 = self.board.apics.cr8(vcpu).into();
+        }
+        Ok(state)
     }
 
     fn set_registers(&self, vcpu: u32, json: &str) -> Result<(), Error> {
@@ -284,9 +297,25 @@ impl Owner {
             return Err(self.refusal("set registers of"));
         }
         let thread = self.vcpu(vcpu)?;
-        let mut state = self.ask(thread, |reply| Order::Get(REGISTERS, reply))??;
+        let before = self.get_registers(vcpu)?;
+        let mut state = before.clone();
         registers::patch(&mut state, json)?;
-        Ok(self.ask(thread, |reply| Order::Set(Box::new(state), reply))??)
+        let (apics, old, new) =
+            (&self.board.apics, before.system.unwrap_or_default(), state.system.unwrap_or_default());
+        if new.cr8 > 15 {
+            return Err(Error::Registers(format!("cr8 cannot be {:#x}: it has four bits", new.cr8)));
+        }
+        self.ask(thread, |reply| Order::Set(Box::new(state), reply))??;
+        let accepted = old.apic_base == new.apic_base
+            || apics.msr_write(vcpu, IA32_APIC_BASE, new.apic_base, monotonic_ns()).is_some();
+        if !accepted {
+            self.ask(thread, |reply| Order::Set(Box::new(before), reply))??;
+            return Err(Error::Registers(format!("apicBase cannot be {:#x}", new.apic_base)));
+        }
+        if old.cr8 != new.cr8 {
+            apics.set_cr8(vcpu, new.cr8 as u8);
+        }
+        Ok(())
     }
 
     fn read_memory(&self, gpa: u64, length: u64, reply: Reply<Vec<u8>>) {

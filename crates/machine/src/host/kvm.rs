@@ -21,10 +21,12 @@ pub struct Kvm {
     /// This process may open it.
     pub openable: bool,
     /// What KVM_GET_API_VERSION says; 12 for every KVM since Linux 2.6.22.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub api_version: Option<i32>,
     /// It is there although the CPU has neither VT-x nor SVM: guests run by paravirtualization (PVM).
     pub paravirtual: bool,
     /// Why it cannot be opened, with a remedy.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
 }
 

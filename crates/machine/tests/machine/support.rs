@@ -16,6 +16,9 @@ use skep_hv::{
 use skep_machine::{Command, End, Error, Event, EventSink, Machine, MachineSpec};
 use skep_memory::GuestMemory;
 
+/// How long to wait for what must come, on a host that has much else to do.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(300);
+
 /// One thing that a scripted processor does.
 #[derive(Debug, Clone)]
 pub(crate) enum Step {
@@ -342,7 +345,7 @@ impl Bench {
     /// The next event, console output skipped.
     pub(crate) fn event(&self) -> Event {
         loop {
-            if let Told::Event(event) = self.told.recv_timeout(Duration::from_secs(20)).expect("an event") {
+            if let Told::Event(event) = self.told.recv_timeout(PATIENCE).expect("an event") {
                 return event;
             }
         }
@@ -361,9 +364,7 @@ impl Bench {
     pub(crate) fn output(&self, length: usize) -> Vec<u8> {
         let mut output = Vec::new();
         while output.len() < length {
-            if let Told::Console(port, data) =
-                self.told.recv_timeout(Duration::from_secs(20)).expect("output")
-            {
+            if let Told::Console(port, data) = self.told.recv_timeout(PATIENCE).expect("output") {
                 self.machine.console_credit(port, data.len()).unwrap();
                 output.extend(data);
             }
