@@ -229,6 +229,10 @@ impl Hypervisor for Software {
         Probe { name: "software", available, reason: reason.into() }
     }
 
+    fn tsc_hz(&self) -> u64 {
+        system::host_tsc_hz()
+    }
+
     fn create_vm(&self, memory: GuestMemory, options: VmOptions) -> Result<Arc<dyn Vm>, HvError> {
         if options.vcpus == 0 || options.vcpus > 255 {
             return Err(HvError::Invalid(format!("{} vCPUs; a VM has 1 to 255", options.vcpus)));
