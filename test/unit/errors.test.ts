@@ -17,6 +17,7 @@ describe('the table of errors', () => {
   test.each(codes)('%s makes an error of its class, with a remedy', (code) => {
     const error = errorOf(code, 'what')
     expect(error).toBeInstanceOf(SkepError)
+    // biome-ignore lint/performance/noDynamicNamespaceImportAccess: the table names the class
     expect(error).toBeInstanceOf(errors[errorTable[code].class])
     expect(error.name).toBe(errorTable[code].class)
     expect(error.code).toBe(code)

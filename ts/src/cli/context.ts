@@ -12,6 +12,11 @@ export class UsageError extends Error {
   override readonly name = 'UsageError'
 }
 
+/** What we print goes nowhere. */
+export class OutputError extends Error {
+  override readonly name = 'OutputError'
+}
+
 /** The process was asked to end. */
 export class Interrupted extends Error {
   override readonly name = 'Interrupted'
@@ -47,7 +52,7 @@ export function colors(stream: NodeJS.WriteStream): ReturnType<typeof pc.createC
 export function printError(error: unknown, context: Pick<Context, 'stderr'>): void {
   const color = colors(context.stderr)
   const say = (text: string): void => void context.stderr.write(`${color.red('skep:')} ${text}\n`)
-  if (error instanceof UsageError) {
+  if (error instanceof UsageError || error instanceof OutputError) {
     say(error.message)
   } else if (isSkepError(error)) {
     say(`${error.message} ${color.dim(`[${error.code}]`)}`)

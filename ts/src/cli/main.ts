@@ -1,7 +1,7 @@
 #!/usr/bin/env node
 /** The command `skep`. */
 import { CommanderError } from 'commander'
-import { type Context, Interrupted, printError, status } from './context.js'
+import { type Context, Interrupted, OutputError, printError, status } from './context.js'
 import { createProgram, usageError } from './program.js'
 
 const controller = new AbortController()
@@ -23,7 +23,10 @@ for (const name of ['SIGINT', 'SIGTERM', 'SIGHUP'] as const) {
 
 // Whoever read our output has gone: end as a program does that SIGPIPE ends.
 process.stdout.on('error', (error: NodeJS.ErrnoException) => {
-  controller.abort(error.code === 'EPIPE' ? new Interrupted('SIGPIPE') : error)
+  const gone = error.code === 'EPIPE'
+  controller.abort(
+    gone ? new Interrupted('SIGPIPE') : new OutputError(`cannot write to standard output: ${error.message}`),
+  )
 })
 process.stderr.on('error', () => {})
 
@@ -34,24 +37,19 @@ async function main(argv: readonly string[]): Promise<number> {
   const program = createProgram(context, (value) => {
     result = value
   })
+  let error: unknown
   try {
     await program.parseAsync(argv, { from: 'user' })
-    await flushed(process.stdout)
-    controller.signal.throwIfAborted()
-    return result
-  } catch (error) {
-    return fail(error instanceof CommanderError ? usageError(error, program, argv) : error)
+  } catch (thrown) {
+    // commander ends by an error after printing help, too.
+    error = thrown instanceof CommanderError ? usageError(thrown, program, argv) : thrown
   }
-}
-
-async function fail(error: unknown): Promise<number> {
-  const cause = controller.signal.aborted ? controller.signal.reason : error
-  if (cause === undefined) {
-    await flushed(process.stdout)
-    return status.ok
-  }
-  if (cause instanceof Interrupted) return cause.status
-  printError(cause, context)
+  await flushed(process.stdout)
+  // Why we were asked to end explains whatever went wrong after that.
+  if (controller.signal.aborted) error = controller.signal.reason
+  if (error === undefined) return result
+  if (error instanceof Interrupted) return error.status
+  printError(error, context)
   await flushed(process.stderr)
   return status.error
 }
