@@ -124,7 +124,9 @@ impl Cpu {
             match access {
                 Access::Read | Access::Write if privileged && for_user && smap => false,
                 Access::Read => privileged || for_user,
-                Access::Write => (privileged || for_user) && (writable || privileged && self.cr0 & cr0::WP == 0),
+                Access::Write => {
+                    (privileged || for_user) && (writable || privileged && self.cr0 & cr0::WP == 0)
+                }
                 Access::Fetch if privileged => executable && !(for_user && self.cr4 & cr4::SMEP != 0),
                 Access::Fetch => executable && for_user,
             }

@@ -18,7 +18,9 @@ pub(super) fn select(insn: &Instruction, _: &mut Op) -> Option<Handler> {
             Ok(())
         },
         Mnemonic::Clflush => flush,
-        Mnemonic::Clflushopt => |cpu, op| if cpu.msrs.model.clflushopt { flush(cpu, op) } else { Err(cpu.ud()) },
+        Mnemonic::Clflushopt => {
+            |cpu, op| if cpu.msrs.model.clflushopt { flush(cpu, op) } else { Err(cpu.ud()) }
+        }
         Mnemonic::Clwb => |cpu, op| if cpu.msrs.model.clwb { flush(cpu, op) } else { Err(cpu.ud()) },
         Mnemonic::Lfence | Mnemonic::Sfence | Mnemonic::Mfence => |_, _| {
             fence(Ordering::SeqCst);

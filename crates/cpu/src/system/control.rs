@@ -128,7 +128,8 @@ impl Cpu {
 
 pub(super) fn select(insn: &Instruction, op: &mut Op) -> Option<Handler> {
     let control = |i: u32| {
-        let register = (i < insn.op_count() && insn.op_kind(i) == OpKind::Register).then(|| insn.op_register(i))?;
+        let register =
+            (i < insn.op_count() && insn.op_kind(i) == OpKind::Register).then(|| insn.op_register(i))?;
         register.is_cr().then(|| register.number() as u8)
     };
     let memory = insn.op0_kind() == OpKind::Memory;
@@ -160,7 +161,11 @@ pub(super) fn select(insn: &Instruction, op: &mut Op) -> Option<Handler> {
         },
         Mnemonic::Invlpg => invlpg,
         Mnemonic::Invpcid => {
-            if insn.op0_register().size() == 8 { invpcid::<u64> } else { invpcid::<u32> }
+            if insn.op0_register().size() == 8 {
+                invpcid::<u64>
+            } else {
+                invpcid::<u32>
+            }
         }
         _ => return None,
     })

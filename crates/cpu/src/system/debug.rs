@@ -57,7 +57,9 @@ impl Cpu {
     fn hits(&self, address: u64, size: u64, waits: impl Fn(Watch) -> bool) -> u64 {
         let last = address.wrapping_add(size - 1);
         let hit = |n: usize| {
-            self.breakpoint(n).is_some_and(|(watch, first, len)| waits(watch) && first <= last && address <= first + (len - 1))
+            self.breakpoint(n).is_some_and(|(watch, first, len)| {
+                waits(watch) && first <= last && address <= first + (len - 1)
+            })
         };
         (0..4).filter(|&n| hit(n)).fold(0, |bits, n| bits | 1 << n)
     }
@@ -70,7 +72,8 @@ impl Cpu {
 
     /// Notes data breakpoints that an access hits: a trap at the end of the instruction.
     pub(crate) fn data_breakpoints(&mut self, linear: u64, size: u64, write: bool) {
-        let hits = self.hits(linear, size, |watch| watch == Watch::ReadWrite || write && watch == Watch::Write);
+        let hits =
+            self.hits(linear, size, |watch| watch == Watch::ReadWrite || write && watch == Watch::Write);
         self.note(hits);
     }
 

@@ -40,7 +40,14 @@ impl Cpu {
 
     /// A code segment whose privilege has been checked, to be entered at `cpl`: presence, and the offset. `error` is the
     /// code of the #GP for a bad offset.
-    pub(super) fn enter(&mut self, code: &Descriptor, selector: u16, cpl: u8, offset: u64, error: u32) -> Exec<Target> {
+    pub(super) fn enter(
+        &mut self,
+        code: &Descriptor,
+        selector: u16,
+        cpl: u8,
+        offset: u64,
+        error: u32,
+    ) -> Exec<Target> {
         self.check_long_code(code, selector, error)?;
         if !code.present() {
             return Err(self.fault(vector::NP, index(selector) | error));
@@ -149,7 +156,9 @@ fn through_gate<const CALL: bool>(cpu: &mut Cpu, selector: u16, descriptor: &Des
     let kind = descriptor.system_type();
     let known = match kind {
         system_type::CALL_GATE => true,
-        system_type::CALL_GATE16 | system_type::TASK_GATE | system_type::TSS | system_type::TSS16 => !cpu.mode.long,
+        system_type::CALL_GATE16 | system_type::TASK_GATE | system_type::TSS | system_type::TSS16 => {
+            !cpu.mode.long
+        }
         _ => false,
     };
     let dpl = descriptor.dpl();
@@ -305,7 +314,8 @@ impl Cpu {
         for register in [seg::ES, seg::DS, seg::FS, seg::GS] {
             let segment = &self.segs[register];
             let conforming = access::S | access::CODE | access::EC;
-            let inner = super::mode::dpl(segment) < self.mode.cpl && segment.access & conforming != conforming;
+            let inner =
+                super::mode::dpl(segment) < self.mode.cpl && segment.access & conforming != conforming;
             if segment.access & Segment::UNUSABLE == 0 && inner {
                 self.segs[register] = null_segment(0, 0);
             }

@@ -30,7 +30,13 @@ pub(super) fn stack_mask(ss: &Segment) -> u64 {
 impl Frame {
     /// The current stack.
     pub(super) fn current(cpu: &Cpu, error: u32) -> Self {
-        Self { segment: cpu.segs[seg::SS], sp: cpu.regs.r64(at::RSP), mask: cpu.mode.stack_mask, supervisor: false, error }
+        Self {
+            segment: cpu.segs[seg::SS],
+            sp: cpu.regs.r64(at::RSP),
+            mask: cpu.mode.stack_mask,
+            supervisor: false,
+            error,
+        }
     }
 
     /// A stack of a more privileged level outside of IA-32e mode.

@@ -116,7 +116,9 @@ impl Cpu {
         if self.deliver(vector, Source::Event, None, 0).is_err() {
             match std::mem::replace(&mut self.raised, Raised::None) {
                 Raised::Exception(e) => self.deliver_exception(e),
-                Raised::NonCanonical => self.deliver_exception(Exception { vector: vector::GP, error: Some(0) }),
+                Raised::NonCanonical => {
+                    self.deliver_exception(Exception { vector: vector::GP, error: Some(0) })
+                }
                 other => self.raised = other,
             }
         }
@@ -206,7 +208,8 @@ impl Cpu {
         if !reachable {
             return Err(self.gp(index(gate.selector) | ext));
         }
-        let cleared = Self::cleared(matches!(kind, system_type::INTERRUPT_GATE16 | system_type::INTERRUPT_GATE));
+        let cleared =
+            Self::cleared(matches!(kind, system_type::INTERRUPT_GATE16 | system_type::INTERRUPT_GATE));
         if !inner {
             let target = self.enter(&code, gate.selector, cpl, offset, ext)?;
             let mut stack = Frame::current(self, ext);
@@ -324,7 +327,11 @@ mod tests {
         let after = |first, second| combine(e(first), e(second)).map(|e| e.vector);
         for contributory in [0, 10, 11, 12, 13] {
             assert_eq!(after(contributory, 13), Some(8));
-            assert_eq!(after(contributory, 14), Some(14), "a page fault behind a contributory one is served alone");
+            assert_eq!(
+                after(contributory, 14),
+                Some(14),
+                "a page fault behind a contributory one is served alone"
+            );
             assert_eq!(after(14, contributory), Some(8));
             assert_eq!(after(3, contributory), Some(contributory));
             assert_eq!(after(8, contributory), None);

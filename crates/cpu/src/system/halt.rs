@@ -13,9 +13,12 @@ pub(super) fn select(insn: &Instruction, _: &mut Op) -> Option<Handler> {
             std::hint::spin_loop();
             Ok(())
         },
-        Mnemonic::Ud0 | Mnemonic::Ud1 | Mnemonic::Ud2 | Mnemonic::Rsm | Mnemonic::Monitor | Mnemonic::Mwait => {
-            |cpu, _| Err(cpu.ud())
-        }
+        Mnemonic::Ud0
+        | Mnemonic::Ud1
+        | Mnemonic::Ud2
+        | Mnemonic::Rsm
+        | Mnemonic::Monitor
+        | Mnemonic::Mwait => |cpu, _| Err(cpu.ud()),
         _ => return None,
     })
 }

@@ -24,7 +24,12 @@ impl Cpu {
 
 pub(super) fn select(insn: &Instruction, op: &mut Op) -> Option<Handler> {
     Some(match insn.code() {
-        Code::In_AL_imm8 | Code::In_AX_imm8 | Code::In_EAX_imm8 | Code::Out_imm8_AL | Code::Out_imm8_AX | Code::Out_imm8_EAX => {
+        Code::In_AL_imm8
+        | Code::In_AX_imm8
+        | Code::In_EAX_imm8
+        | Code::Out_imm8_AL
+        | Code::Out_imm8_AX
+        | Code::Out_imm8_EAX => {
             op.imm = u64::from(insn.immediate8());
             match insn.code() {
                 Code::In_AL_imm8 => |cpu, op| input::<u8>(cpu, op.imm as u16),

@@ -112,7 +112,8 @@ fn to_v86(cpu: &mut Cpu, mut stack: Frame, offset: u64, selector: u16, flags: u6
     let [ss, es, ds, fs, gs] = selectors.map(v86_segment);
     let target = Target { cs: v86_segment(selector), rip: offset };
     cpu.set_rflags(flags);
-    let segments: [(usize, Segment); 5] = [(seg::SS, ss), (seg::ES, es), (seg::DS, ds), (seg::FS, fs), (seg::GS, gs)];
+    let segments: [(usize, Segment); 5] =
+        [(seg::SS, ss), (seg::ES, es), (seg::DS, ds), (seg::FS, fs), (seg::GS, gs)];
     for (register, segment) in segments {
         cpu.segs[register] = segment;
     }

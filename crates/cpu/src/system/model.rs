@@ -41,8 +41,6 @@ pub(crate) struct Model {
     pub(crate) spec_ctrl: bool,
     /// IA32_ARCH_CAPABILITIES.
     pub(crate) arch_capabilities: bool,
-    /// The x2APIC.
-    pub(crate) x2apic: bool,
     /// KVM's paravirtual features (leaf 4000_0001H EAX).
     pub(crate) paravirt: u32,
 }
@@ -57,7 +55,8 @@ impl Model {
         let has = |register: u32, bit: u32| register & 1 << bit != 0;
         let when = |yes: bool, bits: u64| if yes { bits } else { 0 };
         let signature = leaf(0x4000_0000, 0);
-        let kvm = signature == CpuidLeaf { eax: signature.eax, ebx: 0x4b4d_564b, ecx: 0x564b_4d56, edx: 0x4d };
+        let kvm =
+            signature == CpuidLeaf { eax: signature.eax, ebx: 0x4b4d_564b, ecx: 0x564b_4d56, edx: 0x4d };
         Self {
             physical_bits: match leaf(0x8000_0008, 0).eax as u8 {
                 bits @ 32..=52 => bits,
@@ -99,7 +98,6 @@ impl Model {
             tsc_adjust: has(seven.ebx, 1),
             spec_ctrl: has(seven.edx, 26),
             arch_capabilities: has(seven.edx, 29),
-            x2apic: has(basic.ecx, 21),
             paravirt: if kvm { leaf(0x4000_0001, 0).eax } else { 0 },
             cpuid: cpuid.clone(),
         }

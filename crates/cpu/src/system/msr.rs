@@ -153,13 +153,22 @@ impl Msrs {
     /// have groups of their own. The TSC comes before its adjustment.
     pub(crate) fn saved(&self) -> Vec<u32> {
         use index::{
-            CSTAR, DEBUGCTL, FMASK, KERNEL_GS_BASE, LSTAR, MC0_CTL, MCG_CTL, MCG_STATUS, MISC_ENABLE, PAT, SPEC_CTRL, STAR,
-            SYSENTER_CS, SYSENTER_EIP, SYSENTER_ESP, TSC, TSC_ADJUST, TSC_AUX,
+            CSTAR, DEBUGCTL, FMASK, KERNEL_GS_BASE, LSTAR, MC0_CTL, MCG_CTL, MCG_STATUS, MISC_ENABLE, PAT,
+            SPEC_CTRL, STAR, SYSENTER_CS, SYSENTER_EIP, SYSENTER_ESP, TSC, TSC_ADJUST, TSC_AUX,
         };
         let mut saved = vec![TSC];
         saved.extend(self.model.tsc_adjust.then_some(TSC_ADJUST));
         saved.extend(self.model.spec_ctrl.then_some(SPEC_CTRL));
-        saved.extend([SYSENTER_CS, SYSENTER_ESP, SYSENTER_EIP, MCG_STATUS, MCG_CTL, MISC_ENABLE, DEBUGCTL, PAT]);
+        saved.extend([
+            SYSENTER_CS,
+            SYSENTER_ESP,
+            SYSENTER_EIP,
+            MCG_STATUS,
+            MCG_CTL,
+            MISC_ENABLE,
+            DEBUGCTL,
+            PAT,
+        ]);
         saved.extend(Mtrrs::indices());
         saved.extend((0..MCE_BANKS).map(|bank| MC0_CTL + 4 * bank));
         saved.extend(Paravirt::indices(self.model.paravirt));
@@ -186,7 +195,7 @@ impl Cpu {
             index::SPEC_CTRL if m.model.spec_ctrl => m.spec_ctrl,
             index::BIOS_SIGN_ID => MICROCODE << 32,
             // Maximum non-turbo ratio in units of 100 MHz, which is the TSC's.
-            index::PLATFORM_INFO => ((self.tsc.hz() + 50_000_000) / 100_000_000 & 0xff) << 8,
+            index::PLATFORM_INFO => (((self.tsc.hz() + 50_000_000) / 100_000_000) & 0xff) << 8,
             index::ARCH_CAPABILITIES if m.model.arch_capabilities => ARCH_CAPABILITIES,
             index::SYSENTER_CS => m.sysenter_cs,
             index::SYSENTER_ESP => m.sysenter_esp,
@@ -220,9 +229,7 @@ impl Cpu {
         let shift = if self.cr4 & cr4::LA57 != 0 { 7 } else { 16 };
         let canonical = ((value << shift) as i64 >> shift) as u64 == value;
         let m = &mut self.msrs;
-        let keep = |register: &mut u64, allowed: bool| {
-            allowed.then(|| *register = value)
-        };
+        let keep = |register: &mut u64, allowed: bool| allowed.then(|| *register = value);
         match msr {
             index::TSC => {
                 self.tsc.write(value);
@@ -249,7 +256,9 @@ impl Cpu {
             index::SYSENTER_EIP => return keep(&mut m.sysenter_eip, canonical),
             index::MCG_STATUS => return keep(&mut m.mcg_status, value == 0),
             index::MCG_CTL => return keep(&mut m.mcg_ctl, value == 0 || value == u64::MAX),
-            index::MISC_ENABLE => m.misc_enable = m.misc_enable & !MISC_ENABLE_WRITABLE | value & MISC_ENABLE_WRITABLE,
+            index::MISC_ENABLE => {
+                m.misc_enable = m.misc_enable & !MISC_ENABLE_WRITABLE | value & MISC_ENABLE_WRITABLE
+            }
             index::DEBUGCTL => return keep(&mut m.debugctl, value & !DEBUGCTL == 0),
             index::PAT => return keep(&mut m.pat, pat_valid(value)),
             index::EFER if m.model.efer != 0 => return self.write_efer(value),
@@ -260,7 +269,9 @@ impl Cpu {
             index::FS_BASE => return keep(&mut self.segs[seg::FS].base, canonical),
             index::GS_BASE => return keep(&mut self.segs[seg::GS].base, canonical),
             index::KERNEL_GS_BASE => return keep(&mut m.kernel_gs_base, canonical),
-            index::TSC_AUX if m.model.rdtscp || m.model.rdpid => return keep(&mut m.tsc_aux, value >> 32 == 0),
+            index::TSC_AUX if m.model.rdtscp || m.model.rdpid => {
+                return keep(&mut m.tsc_aux, value >> 32 == 0);
+            }
             _ if let Some((bank, register)) = machine_check(msr) => match register {
                 0 => return keep(&mut m.mc_ctl[bank], value == 0 || value == u64::MAX),
                 // Status, address and miscellany can only be cleared (SDM vol. 3B §16.3.2).

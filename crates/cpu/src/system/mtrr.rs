@@ -22,7 +22,12 @@ pub(crate) struct Mtrrs {
 impl Mtrrs {
     /// Disabled, as after reset.
     pub(crate) fn new(physical_bits: u8) -> Self {
-        Self { reserved: !((1 << physical_bits) - 1), variable: [0; 16], fixed: [0; FIXED.len()], def_type: 0 }
+        Self {
+            reserved: !((1 << physical_bits) - 1),
+            variable: [0; 16],
+            fixed: [0; FIXED.len()],
+            def_type: 0,
+        }
     }
 
     /// Those that can be written.

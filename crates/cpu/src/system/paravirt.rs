@@ -222,7 +222,8 @@ fn hypercall(cpu: &mut Cpu, _: &Op) -> Exec {
         return Err(cpu.ud());
     }
     let wide = cpu.is_64bit();
-    let argument = |register| if wide { cpu.regs.r64(register) } else { u64::from(cpu.regs.get::<u32>(register)) };
+    let argument =
+        |register| if wide { cpu.regs.r64(register) } else { u64::from(cpu.regs.get::<u32>(register)) };
     let number = argument(at::RAX);
     let arguments = [at::RBX, at::RCX, at::RDX, at::RSI].map(argument);
     let result = if cpu.mode.cpl > 0 { call::EPERM } else { perform(cpu, number, arguments) };
@@ -260,7 +261,8 @@ fn send_ipi(cpu: &mut Cpu, low: u64, high: u64, first: u32, icr: u64) -> u64 {
     }
     let cluster = if cpu.is_64bit() { 64 } else { 32 };
     let bits = u128::from(low) | u128::from(high) << cluster;
-    let mut targets = (0..2 * cluster).filter(|&bit| bits >> bit & 1 != 0).filter_map(|bit| first.checked_add(bit));
+    let mut targets =
+        (0..2 * cluster).filter(|&bit| bits >> bit & 1 != 0).filter_map(|bit| first.checked_add(bit));
     cpu.io().send_ipis(icr, &mut targets);
     cpu.ask_apic = true;
     cpu.look = true;
@@ -279,9 +281,12 @@ mod tests {
             // As Linux's pvclock_scale_delta() does, over an hour.
             let ticks = u128::from(hz) * 3600;
             let shifted = if shift < 0 { ticks >> -shift } else { ticks << shift };
-            let ns = shifted * u128::from(multiplier) >> 32;
+            let ns = (shifted * u128::from(multiplier)) >> 32;
             let wanted = u128::from(NS) * 3600;
-            assert!(ns.abs_diff(wanted) <= wanted / 1_000_000_000 + 2 * u128::from(NS / hz + 1), "{hz}: {ns}");
+            assert!(
+                ns.abs_diff(wanted) <= wanted / 1_000_000_000 + 2 * u128::from(NS / hz + 1),
+                "{hz}: {ns}"
+            );
         }
     }
 }

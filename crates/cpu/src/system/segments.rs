@@ -13,12 +13,7 @@ use crate::regs::at;
 
 /// A segment register that a null selector was loaded into. For SS the privilege level stays.
 pub(super) fn null_segment(selector: u16, dpl: u8) -> Segment {
-    Segment {
-        selector,
-        base: 0,
-        limit: 0,
-        access: Segment::UNUSABLE | u32::from(dpl) << access::DPL_SHIFT,
-    }
+    Segment { selector, base: 0, limit: 0, access: Segment::UNUSABLE | u32::from(dpl) << access::DPL_SHIFT }
 }
 
 impl Cpu {
@@ -93,7 +88,8 @@ pub(super) fn v86_segment(selector: u16) -> Segment {
 
 pub(super) fn select(insn: &Instruction, op: &mut Op) -> Option<Handler> {
     let segment = |i: u32| {
-        let register = (i < insn.op_count() && insn.op_kind(i) == OpKind::Register).then(|| insn.op_register(i))?;
+        let register =
+            (i < insn.op_count() && insn.op_kind(i) == OpKind::Register).then(|| insn.op_register(i))?;
         register.is_segment_register().then(|| register.number() as u8)
     };
     Some(match insn.mnemonic() {

@@ -4,8 +4,8 @@
 //! not looked at when written.
 
 use skep_hv::state::{
-    Activity, CpuState, Debug, DescriptorTable, Events, Fpu, General, PendingException, Segment, StateError, StateGroups,
-    System,
+    Activity, CpuState, Debug, DescriptorTable, Events, Fpu, General, PendingException, Segment, StateError,
+    StateGroups, System,
 };
 
 use super::cpuid::xcr0_valid;
@@ -31,8 +31,17 @@ const RFLAGS: u64 = fl::STATUS
     | 2;
 /// Bits of a segment's access rights that exist.
 const ACCESS: u32 = 0xf0ff | Segment::UNUSABLE;
-const CR0: u64 =
-    cr0::PE | cr0::MP | cr0::EM | cr0::TS | cr0::ET | cr0::NE | cr0::WP | cr0::AM | cr0::NW | cr0::CD | cr0::PG;
+const CR0: u64 = cr0::PE
+    | cr0::MP
+    | cr0::EM
+    | cr0::TS
+    | cr0::ET
+    | cr0::NE
+    | cr0::WP
+    | cr0::AM
+    | cr0::NW
+    | cr0::CD
+    | cr0::PG;
 
 fn check(good: bool, field: &'static str, value: u64, why: &'static str) -> Result<(), StateError> {
     if good { Ok(()) } else { Err(StateError::Value { field, value, why }) }
@@ -47,7 +56,8 @@ fn canonical(address: u64, control: u64) -> bool {
 impl Cpu {
     /// Reads the named groups.
     pub(crate) fn get_state(&mut self, groups: StateGroups) -> Result<CpuState, StateError> {
-        let general = General { gpr: std::array::from_fn(|n| self.regs.gpr(n)), rip: self.rip, rflags: self.rflags() };
+        let general =
+            General { gpr: std::array::from_fn(|n| self.regs.gpr(n)), rip: self.rip, rflags: self.rflags() };
         let table = |table: Table| DescriptorTable { base: table.base, limit: table.limit };
         let system = System {
             segments: self.segs,
@@ -74,7 +84,8 @@ impl Cpu {
             Activity::Running
         };
         // A debug trap that has not been delivered is an exception, its DR6 bits set already.
-        let trap = (self.debug_trap != 0).then_some(PendingException { vector: vector::DB, error_code: None });
+        let trap =
+            (self.debug_trap != 0).then_some(PendingException { vector: vector::DB, error_code: None });
         let events = Events {
             activity,
             sti_shadow: self.sti_shadow,
@@ -93,7 +104,11 @@ impl Cpu {
             system: groups.system.then_some(system),
             fpu: groups.fpu.then(|| Fpu { xsave: self.fpu.save_area() }),
             msrs,
-            debug: groups.debug.then_some(Debug { address: self.dr, dr6: self.dr6 | self.debug_trap, dr7: self.dr7 }),
+            debug: groups.debug.then_some(Debug {
+                address: self.dr,
+                dr6: self.dr6 | self.debug_trap,
+                dr7: self.dr7,
+            }),
             events: groups.events.then_some(events),
         })
     }
@@ -111,11 +126,26 @@ impl Cpu {
             check_general(general, &system)?;
         }
         if let Some(debug) = &state.debug {
-            check(debug.dr6 & !(dr6::WRITABLE | dr6::FIXED) == 0, "debug.dr6", debug.dr6, "a reserved bit is set")?;
-            check(debug.dr7 & !(dr7::WRITABLE | dr7::FIXED) == 0, "debug.dr7", debug.dr7, "a reserved bit is set")?;
+            check(
+                debug.dr6 & !(dr6::WRITABLE | dr6::FIXED) == 0,
+                "debug.dr6",
+                debug.dr6,
+                "a reserved bit is set",
+            )?;
+            check(
+                debug.dr7 & !(dr7::WRITABLE | dr7::FIXED) == 0,
+                "debug.dr7",
+                debug.dr7,
+                "a reserved bit is set",
+            )?;
         }
         if let Some(exception) = state.events.and_then(|events| events.exception) {
-            check(exception.vector < 32, "events.exception.vector", exception.vector.into(), "it is no exception")?;
+            check(
+                exception.vector < 32,
+                "events.exception.vector",
+                exception.vector.into(),
+                "it is no exception",
+            )?;
         }
         // The MSRs check their values themselves, some of them by CR4, so the system registers come first; both can be
         // put back.
@@ -165,14 +195,20 @@ impl Cpu {
         }
         self.flush_tlb();
         self.refresh_mode();
-        if self.cr0 & cr0::PG != 0 && self.cr4 & cr4::PAE != 0 && self.efer & efer::LMA == 0 && self.load_pdptes(self.cr3).is_err() {
+        if self.cr0 & cr0::PG != 0
+            && self.cr4 & cr4::PAE != 0
+            && self.efer & efer::LMA == 0
+            && self.load_pdptes(self.cr3).is_err()
+        {
             // Cached entries are not part of the state, and memory may hold others by now: none is present.
             self.pdpte = [0; 4];
         }
         self.raised = crate::fault::Raised::None;
         self.look = true;
         self.ask_apic = true;
-        if let Some(PendingException { vector, error_code }) = state.events.and_then(|events| events.exception) {
+        if let Some(PendingException { vector, error_code }) =
+            state.events.and_then(|events| events.exception)
+        {
             self.deliver_exception(Exception { vector, error: error_code });
         }
         Ok(())
@@ -193,17 +229,37 @@ impl Cpu {
         check(long || !on(s.cr4, cr4::PCIDE), "system.cr4", s.cr4, "PCIDE needs IA-32e mode")?;
         let width = if long { model.physical_bits } else { 32 };
         check(s.cr3 >> width == 0, "system.cr3", s.cr3, "it is too large an address")?;
-        check(xcr0_valid(s.xcr0, model.xcr0 | 1), "system.xcr0", s.xcr0, "this model lacks a state component")?;
-        check(!long || !on(rflags, fl::VM), "general.rflags", rflags, "there is no virtual-8086 mode in IA-32e mode")?;
+        check(
+            xcr0_valid(s.xcr0, model.xcr0 | 1),
+            "system.xcr0",
+            s.xcr0,
+            "this model lacks a state component",
+        )?;
+        check(
+            !long || !on(rflags, fl::VM),
+            "general.rflags",
+            rflags,
+            "there is no virtual-8086 mode in IA-32e mode",
+        )?;
 
         let v86 = on(s.cr0, cr0::PE) && on(rflags, fl::VM);
         let names = ["system.es", "system.cs", "system.ss", "system.ds", "system.fs", "system.gs"];
-        for (segment, name) in s.segments.iter().chain([&s.ldtr, &s.tr]).zip(names.into_iter().chain(["system.ldtr", "system.tr"])) {
+        for (segment, name) in s
+            .segments
+            .iter()
+            .chain([&s.ldtr, &s.tr])
+            .zip(names.into_iter().chain(["system.ldtr", "system.tr"]))
+        {
             check_segment(segment, name, s.cr4)?;
         }
         for (n, (segment, name)) in s.segments.iter().zip(names).enumerate() {
             let wide = long && matches!(n, seg::FS | seg::GS);
-            check(wide || segment.base >> 32 == 0, name, segment.base, "the base of this segment has 32 bits")?;
+            check(
+                wide || segment.base >> 32 == 0,
+                name,
+                segment.base,
+                "the base of this segment has 32 bits",
+            )?;
             if v86 {
                 let fits = segment.base == u64::from(segment.selector) << 4 && dpl(segment) == 3;
                 check(fits, name, segment.base, "it is no segment of virtual-8086 mode")?;
@@ -211,8 +267,18 @@ impl Cpu {
         }
         let (cs, ss) = (&s.segments[seg::CS], &s.segments[seg::SS]);
         check(cs.access & Segment::UNUSABLE == 0, "system.cs", cs.access.into(), "CS cannot be unusable")?;
-        check(!long || cs.access & (access::L | access::DB) != access::L | access::DB, "system.cs", cs.access.into(), "L and D exclude each other")?;
-        check(on(s.cr0, cr0::PE) || dpl(ss) == 0, "system.ss", ss.access.into(), "real mode is privilege level 0")?;
+        check(
+            !long || cs.access & (access::L | access::DB) != access::L | access::DB,
+            "system.cs",
+            cs.access.into(),
+            "L and D exclude each other",
+        )?;
+        check(
+            on(s.cr0, cr0::PE) || dpl(ss) == 0,
+            "system.ss",
+            ss.access.into(),
+            "real mode is privilege level 0",
+        )?;
         for (table, name) in [(s.gdtr, "system.gdtr"), (s.idtr, "system.idtr")] {
             check(canonical(table.base, s.cr4), name, table.base, "the address is not canonical")?;
         }
@@ -255,12 +321,21 @@ impl Cpu {
 fn check_general(general: &General, system: &System) -> Result<(), StateError> {
     check(general.rflags & 2 != 0, "general.rflags", general.rflags, "bit 1 is always set")?;
     check(general.rflags & !RFLAGS == 0, "general.rflags", general.rflags, "a reserved bit is set")?;
-    let good = if system.efer & efer::LMA != 0 { canonical(general.rip, system.cr4) } else { general.rip >> 32 == 0 };
+    let good = if system.efer & efer::LMA != 0 {
+        canonical(general.rip, system.cr4)
+    } else {
+        general.rip >> 32 == 0
+    };
     check(good, "general.rip", general.rip, "it is not an address of this mode")
 }
 
 fn check_segment(segment: &Segment, name: &'static str, control: u64) -> Result<(), StateError> {
-    check(segment.access & !ACCESS == 0, name, segment.access.into(), "a reserved bit of the access rights is set")?;
+    check(
+        segment.access & !ACCESS == 0,
+        name,
+        segment.access.into(),
+        "a reserved bit of the access rights is set",
+    )?;
     check(canonical(segment.base, control), name, segment.base, "the base is not canonical")?;
     if segment.access & Segment::UNUSABLE == 0 {
         let granular = segment.access & access::G != 0;

@@ -150,7 +150,8 @@ fn load_task(cpu: &mut Cpu, selector: u16) -> Exec {
     if is_null(selector) {
         return Err(cpu.gp(0));
     }
-    let available: &[u32] = if cpu.mode.long { &[system_type::TSS] } else { &[system_type::TSS, system_type::TSS16] };
+    let available: &[u32] =
+        if cpu.mode.long { &[system_type::TSS] } else { &[system_type::TSS, system_type::TSS16] };
     let (descriptor, base) = system_descriptor(cpu, selector, available)?;
     // Available becomes busy.
     let rights = (descriptor.raw >> 40) as u8 | 2;
