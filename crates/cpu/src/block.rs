@@ -105,16 +105,12 @@ impl Blocks {
         stamp << 4 | key.bits()
     }
 
-    /// The block at a linear address, if it was run there under this TLB stamp and is still what memory holds.
+    /// The block at a linear address, if it was run there under this TLB stamp, which changes with every change of code.
     #[inline(always)]
     pub(crate) fn jump(&self, linear: u64, stamp: u64, key: Key) -> Option<*const Block> {
         // SAFETY: the index is masked to the table's length.
         let jump = unsafe { self.jumps.get_unchecked(Self::slot(linear)) };
-        if jump.linear != linear || jump.stamp != Self::stamp(stamp, key) {
-            return None;
-        }
-        // SAFETY: entries are cleared whenever the arena is.
-        unsafe { &*jump.block }.valid().then_some(jump.block)
+        (jump.linear == linear && jump.stamp == Self::stamp(stamp, key)).then_some(jump.block)
     }
 
     /// The block at a guest physical address.

@@ -177,6 +177,8 @@ pub(crate) struct Cpu {
     pub(crate) pending: Pending,
     /// Ask the local APIC again.
     pub(crate) ask_apic: bool,
+    /// [`GuestMemory::epoch`] as the jump cache knows it.
+    pub(crate) code_epoch: u32,
     /// When to ask it again at the latest, monotonic ns.
     pub(crate) deadline: u64,
 
@@ -293,6 +295,7 @@ impl Cpu {
             debug_trap: 0,
             pending: Pending::default(),
             ask_apic: true,
+            code_epoch: 0,
             deadline: u64::MAX,
             tr: Segment::default(),
             ldtr: Segment::default(),

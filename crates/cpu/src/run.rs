@@ -220,8 +220,10 @@ impl Cpu {
         let since = monotonic_ns();
         self.mailbox.in_guest.store(false, Ordering::SeqCst);
         self.stats.halts += 1;
+        self.kvm_going_to_sleep();
         self.mailbox.wait(self.deadline);
         self.enter_guest();
+        self.kvm_woken();
         self.ask_apic = true;
         self.stats.halted_ns += monotonic_ns().saturating_sub(since);
     }
@@ -256,6 +258,7 @@ impl Cpu {
             }
             let key = Key { code: self.mode.code, user: self.mode.cpl == 3, single: false };
             let linear = self.code_linear();
+            self.notice_changed_code();
             let block = match self.blocks.jump(linear, self.tlb.stamp(), key) {
                 Some(block) => block,
                 None => {
@@ -281,6 +284,16 @@ impl Cpu {
         match self.mode.code {
             CodeSize::Bits64 => self.rip,
             _ => self.segs[seg::CS].base.wrapping_add(self.rip) & 0xffff_ffff,
+        }
+    }
+
+    /// After any decoded code was overwritten, the jump cache must be filled anew.
+    #[inline(always)]
+    fn notice_changed_code(&mut self) {
+        let epoch = self.memory.epoch();
+        if epoch != self.code_epoch {
+            self.code_epoch = epoch;
+            self.tlb.generation = self.tlb.generation.wrapping_add(1);
         }
     }
 
@@ -327,6 +340,7 @@ impl Cpu {
         self.raised = Raised::None;
         let key = Key { code: self.mode.code, user: self.mode.cpl == 3, single: true };
         let linear = self.code_linear();
+        self.notice_changed_code();
         let found = match self.blocks.jump(linear, self.tlb.stamp(), key) {
             Some(block) => Ok(block),
             None => self.fetch(linear, key),

@@ -23,6 +23,7 @@ pub(crate) struct Books {
     watch: Box<[AtomicU64]>,
     version: Box<[AtomicU32]>,
     dirty: Box<[AtomicU64]>,
+    epoch: AtomicU32,
     logging: AtomicBool,
 }
 
@@ -32,6 +33,7 @@ impl Books {
             watch: zeroed(pages),
             version: zeroed(pages),
             dirty: zeroed(pages.div_ceil(64)),
+            epoch: AtomicU32::new(0),
             logging: AtomicBool::new(false),
         }
     }
@@ -42,6 +44,10 @@ impl Books {
 
     pub(crate) fn version(&self, page: usize) -> &AtomicU32 {
         &self.version[page]
+    }
+
+    pub(crate) fn epoch(&self) -> u32 {
+        self.epoch.load(Ordering::Acquire)
     }
 
     pub(crate) fn logging(&self) -> bool {
@@ -77,6 +83,7 @@ impl Books {
         if watch.load(Ordering::SeqCst) & mask(offset, len) != 0 {
             watch.store(0, Ordering::SeqCst);
             self.version[page].fetch_add(1, Ordering::SeqCst);
+            self.epoch.fetch_add(1, Ordering::SeqCst);
         }
     }
 }

@@ -249,6 +249,12 @@ impl GuestMemory {
         self.0.books.version(page)
     }
 
+    /// Changes whenever any page's version does: who has seen this number need not look at versions.
+    #[inline(always)]
+    pub fn epoch(&self) -> u32 {
+        self.0.books.epoch()
+    }
+
     /// Watch bits for `len` bytes at `offset` within a page (ranges that leave the page count to its end).
     pub fn watch_mask(offset: u64, len: u64) -> u64 {
         pages::mask(offset, len)
@@ -427,6 +433,7 @@ mod tests {
         m.write_u32(0x107e, 1).unwrap();
         assert_eq!(m.version(page).load(Ordering::SeqCst), 1);
         assert_eq!(m.watch(page).load(Ordering::SeqCst), 0);
+        assert_eq!(m.epoch(), 1);
     }
 
     #[test]
