@@ -330,7 +330,7 @@ export type ErrorCode = keyof typeof table
 
 /** The codes that errors of class `C` carry. */
 export type CodeOf<C extends ErrorClass> = {
-  [K in ErrorCode]: (typeof table)[K]['class'] extends C ? K : never
+  [K in ErrorCode]: (typeof errorTable)[K]['class'] extends C ? K : never
 }[ErrorCode]
 
 /** What an error is made of. */

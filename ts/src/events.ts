@@ -69,7 +69,7 @@ export interface LostEvent {
 /** What {@link Vm.events} yields; tell them apart by `type`. */
 export type VmEvent = StateEvent | ResetEvent | ExitEvent | SerialErrorEvent | LostEvent
 
-/** The listeners of {@link Vm.on}. */
+/** The listeners of `vm.on`. */
 export interface VmEventMap {
   /** The machine has entered a state. */
   state: [StateEvent]
