@@ -83,8 +83,17 @@ fn state(
         apic_base: LOCAL_APIC | 1 << 11 | 1 << 8,
         ..system
     };
-    Ok(CpuState { general: Some(general), system: Some(system), ..CpuState::default() })
+    // As firmware leaves them: on, write-back by default. Without that Linux gives up the page attribute table too.
+    let msrs = vec![(MTRR_DEF_TYPE, MTRR_ENABLE | MTRR_WRITE_BACK)];
+    Ok(CpuState { general: Some(general), system: Some(system), msrs: Some(msrs), ..CpuState::default() })
 }
+
+/// IA32_MTRR_DEF_TYPE, SDM vol. 3A §12.11.2.1.
+const MTRR_DEF_TYPE: u32 = 0x2ff;
+/// Its E flag: memory type range registers are on.
+const MTRR_ENABLE: u64 = 1 << 11;
+/// Memory type 6.
+const MTRR_WRITE_BACK: u64 = 6;
 
 /// 32-bit protected mode, flat segments, paging and interrupts off: what PVH, multiboot and the 32-bit Linux boot
 /// protocol want. `gpr` as in [`General::gpr`].
