@@ -222,7 +222,14 @@ fn fill(insn: &Instruction, code: CodeSize, start: usize, len: usize) -> Op {
 }
 
 fn memory_operand(insn: &Instruction, code: CodeSize, op: &mut Op) {
-    op.seg = segment(insn.memory_segment());
+    op.seg = match (code, insn.memory_segment(), insn.memory_base()) {
+        (CodeSize::Bits64, Register::FS | Register::GS, _) | (CodeSize::Bits16 | CodeSize::Bits32, ..) => {
+            segment(insn.memory_segment())
+        }
+        // Other overrides mean nothing in 64-bit mode, not even for which exception is raised.
+        (_, _, Register::RSP | Register::RBP | Register::ESP | Register::EBP) => seg::SS as u8,
+        _ => seg::DS as u8,
+    };
     op.disp = insn.memory_displacement64();
     if insn.is_ip_rel_memory_operand() {
         // Decoding started at address zero, so the displacement is relative to the block.

@@ -129,14 +129,13 @@ fn check_target(cpu: &mut Cpu, to: u64) -> Exec {
     if good { Ok(()) } else { Err(cpu.gp(0)) }
 }
 
-fn indirect<T: MemWord>(cpu: &mut Cpu, op: &Op) -> Exec<u64> {
+fn fetch_target<T: MemWord>(cpu: &mut Cpu, op: &Op) -> Exec<u64> {
     let to = if op.dst == NONE {
         let linear = cpu.linear(op, size_of::<T>() as u64, Access::Read)?;
         cpu.read::<T>(linear)?
     } else {
         cpu.regs.get::<T>(op.dst)
     };
-    check_target(cpu, to.to_u64())?;
     Ok(to.to_u64())
 }
 
@@ -144,14 +143,21 @@ fn indirect<T: MemWord>(cpu: &mut Cpu, op: &Op) -> Exec<u64> {
 pub(crate) const NONE: u8 = u8::MAX;
 
 fn jump_indirect<T: MemWord>(cpu: &mut Cpu, op: &Op) -> Exec {
-    cpu.rip = indirect::<T>(cpu, op)?;
+    let to = fetch_target::<T>(cpu, op)?;
+    check_target(cpu, to)?;
+    cpu.rip = to;
     Ok(())
 }
 
 fn call_indirect<T: MemWord>(cpu: &mut Cpu, op: &Op) -> Exec {
-    let to = indirect::<T>(cpu, op)?;
-    let next = T::of(cpu.rip);
+    let to = fetch_target::<T>(cpu, op)?;
+    let (next, stack) = (T::of(cpu.rip), cpu.regs.r64(at::RSP));
     cpu.push(next)?;
+    // The return address is in memory before the target is looked at.
+    if let Err(abort) = check_target(cpu, to) {
+        cpu.regs.set64(at::RSP, stack);
+        return Err(abort);
+    }
     cpu.rip = to;
     Ok(())
 }

@@ -205,6 +205,7 @@ fn enter_frame<T: MemWord>(cpu: &mut Cpu, bytes: u64, level: u64) -> Exec {
     cpu.drop_stack(bytes.wrapping_neg());
     // The new top must be writable.
     let top = cpu.stack(0, size, Access::Write)?;
+    cpu.check_alignment(top, size)?;
     cpu.probe(top, size, Access::Write)?;
     cpu.regs.set(at::RBP, T::of(frame));
     Ok(())

@@ -51,6 +51,10 @@ pub(super) fn select(insn: &Instruction, op: &mut Op, form: Form) -> Option<Hand
 trait Strings {
     /// REP stops on the zero flag too (CMPS, SCAS).
     const COMPARES: bool = false;
+    /// What is checked even if no element is to be done.
+    fn check<T: AluWord + MemWord>(_cpu: &mut Cpu) -> Exec {
+        Ok(())
+    }
     /// Does one element and moves the index registers.
     fn one<T: AluWord + MemWord>(cpu: &mut Cpu, op: &Op) -> Exec;
     /// Does up to `count` elements at once: how many.
@@ -63,6 +67,17 @@ fn string<S: Strings, T: AluWord + MemWord>(cpu: &mut Cpu, op: &Op) -> Exec {
     if !op.has(Op::REP | Op::REPNE) {
         return S::one::<T>(cpu, op);
     }
+    S::check::<T>(cpu)?;
+    // A fault in a comparison finds the flags as they were before the first element (SDM vol. 2B, REP).
+    let before = cpu.status;
+    let result = repeat::<S, T>(cpu, op);
+    if S::COMPARES && result.is_err() {
+        cpu.status = before;
+    }
+    result
+}
+
+fn repeat<S: Strings, T: AluWord + MemWord>(cpu: &mut Cpu, op: &Op) -> Exec {
     let mask = op.amask();
     let mut left = PATIENCE;
     loop {
@@ -223,10 +238,11 @@ struct Cmps;
 impl Strings for Cmps {
     const COMPARES: bool = true;
     fn one<T: AluWord + MemWord>(cpu: &mut Cpu, op: &Op) -> Exec {
-        let from = source::<T>(cpu, op)?;
-        let a = cpu.read::<T>(from)?;
+        // Processors look at the second operand first, as faults show.
         let to = destination::<T>(cpu, op, Access::Read)?;
         let b = cpu.read::<T>(to)?;
+        let from = source::<T>(cpu, op)?;
+        let a = cpu.read::<T>(from)?;
         T::sub(a, b, &mut cpu.status);
         advance::<T>(cpu, op, at::RSI);
         advance::<T>(cpu, op, at::RDI);
@@ -246,8 +262,17 @@ impl Strings for Scas {
     }
 }
 
+fn port_allowed<T: Word>(cpu: &mut Cpu) -> Exec {
+    let port = cpu.regs.get::<u16>(at::RDX);
+    cpu.io_allowed(port, size_of::<T>() as u8)
+}
+
 struct Ins;
 impl Strings for Ins {
+    fn check<T: AluWord + MemWord>(cpu: &mut Cpu) -> Exec {
+        port_allowed::<T>(cpu)
+    }
+
     fn one<T: AluWord + MemWord>(cpu: &mut Cpu, op: &Op) -> Exec {
         let port = cpu.regs.get::<u16>(at::RDX);
         cpu.io_allowed(port, size_of::<T>() as u8)?;
@@ -263,6 +288,10 @@ impl Strings for Ins {
 
 struct Outs;
 impl Strings for Outs {
+    fn check<T: AluWord + MemWord>(cpu: &mut Cpu) -> Exec {
+        port_allowed::<T>(cpu)
+    }
+
     fn one<T: AluWord + MemWord>(cpu: &mut Cpu, op: &Op) -> Exec {
         let port = cpu.regs.get::<u16>(at::RDX);
         cpu.io_allowed(port, size_of::<T>() as u8)?;

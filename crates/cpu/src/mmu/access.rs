@@ -236,6 +236,11 @@ impl Cpu {
     }
 
     fn check_range(&mut self, context: Context, linear: u64, len: u64, access: Access) -> Exec {
+        // An operand that ends in non-canonical space faults as a whole.
+        if !self.canonical(linear.wrapping_add(len.saturating_sub(1))) {
+            self.raised = Raised::NonCanonical;
+            return Err(Abort);
+        }
         let mut at = linear;
         let mut left = len;
         while left > 0 {
@@ -282,7 +287,7 @@ impl Cpu {
     #[inline(never)]
     fn read_slow<T: MemWord>(&mut self, context: Context, linear: u64) -> Exec<T> {
         let size = size_of::<T>() as u64;
-        self.check_alignment(context, linear, size)?;
+        self.check_alignment(linear, size)?;
         self.check_breakpoints(context, linear, size, false);
         if linear % PAGE + size > PAGE {
             let mut bytes = [0; 8];
@@ -306,7 +311,7 @@ impl Cpu {
     #[inline(never)]
     fn write_slow<T: MemWord>(&mut self, context: Context, linear: u64, value: T) -> Exec {
         let size = size_of::<T>() as u64;
-        self.check_alignment(context, linear, size)?;
+        self.check_alignment(linear, size)?;
         if linear % PAGE + size > PAGE {
             let bytes = value.to_u64().to_le_bytes();
             self.write_across(context, linear, &bytes[..size as usize])?;
@@ -330,7 +335,7 @@ impl Cpu {
     fn modify_slow<T: MemWord>(&mut self, linear: u64, locked: bool, f: &dyn Fn(T, &mut u16) -> T) -> Exec<T> {
         let size = size_of::<T>() as u64;
         let context = self.tlb.context();
-        self.check_alignment(context, linear, size)?;
+        self.check_alignment(linear, size)?;
         if linear % PAGE + size > PAGE {
             self.check_range(context, linear, size, Access::Write)?;
             // Two host pages cannot be changed in one instruction: everybody else stands still meanwhile.
@@ -450,11 +455,17 @@ impl Cpu {
         Ok(())
     }
 
-    fn check_alignment(&mut self, context: Context, linear: u64, size: u64) -> Exec {
-        if context == Context::Slow && self.alignment_checked() && !linear.is_multiple_of(size) {
-            return Err(self.fault(crate::fault::vector::AC, 0));
+    /// #AC for an access of `size` bytes (a power of two) that is not aligned to it, where that is checked. What is wrong
+    /// with the address itself comes first.
+    pub(crate) fn check_alignment(&mut self, linear: u64, size: u64) -> Exec {
+        if self.tlb.context() != Context::Slow || !self.alignment_checked() || linear.is_multiple_of(size) {
+            return Ok(());
         }
-        Ok(())
+        if !self.canonical(linear) || !self.canonical(linear.wrapping_add(size - 1)) {
+            self.raised = Raised::NonCanonical;
+            return Err(Abort);
+        }
+        Err(self.fault(crate::fault::vector::AC, 0))
     }
 
     fn check_breakpoints(&mut self, context: Context, linear: u64, size: u64, write: bool) {
