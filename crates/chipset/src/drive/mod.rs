@@ -53,6 +53,9 @@ trait Subject: Sized {
     fn twin(&mut self, now: u64, later: u64) -> Self;
     /// Whether both are in the same state and drive their lines the same.
     fn same(&self, now: u64, twin: &Self, later: u64) -> bool;
+    /// Restores its own state after `spoil` has been at it; a state that is refused changes nothing.
+    #[cfg(test)]
+    fn restore_spoilt(&mut self, now: u64, spoil: &mut dyn FnMut(&mut serde_json::Value));
 }
 
 /// A multiple of every period that depends on absolute time (that of memory refresh).
@@ -73,13 +76,12 @@ impl Script<'_> {
 }
 
 fn drive<S: Subject>(data: &[u8]) {
-    let _ = follow::<S>(&mut Script(data));
+    let now = 1_000_000;
+    let _ = follow(S::fresh(now), now, &mut Script(data));
 }
 
 /// Plays the script to its end, which is `None`.
-fn follow<S: Subject>(script: &mut Script<'_>) -> Option<()> {
-    let mut now = 1_000_000;
-    let mut subject = S::fresh(now);
+fn follow<S: Subject>(mut subject: S, mut now: u64, script: &mut Script<'_>) -> Option<()> {
     let mut twin: Option<S> = None;
     loop {
         let step = script.byte()?;

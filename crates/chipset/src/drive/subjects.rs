@@ -3,6 +3,8 @@
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
+#[cfg(test)]
+use serde::{Serialize, de::DeserializeOwned};
 use skep_hv::Startup;
 use skep_hv::irq::{Irq, IrqLine, MsiMessage, MsiSender};
 
@@ -156,7 +158,7 @@ impl Model for Uart {
                 assert_eq!(taken, room.min(bytes.len()));
                 taken as u64
             }
-            1 => self.take_output().iter().fold(0, |sum, &byte| sum * 31 + u64::from(byte)),
+            1 => self.take_output().iter().fold(0u64, |sum, &byte| sum.wrapping_mul(31) ^ u64::from(byte)),
             2 => {
                 self.push_break();
                 0
@@ -185,6 +187,17 @@ impl Model for Ps2 {
         self.push_motion(op.value as i32, (op.value >> 32) as i32, (op.offset >> 1) as u8);
         0
     }
+}
+
+/// `state` after `spoil` has been at it, if it still has the form of a state.
+#[cfg(test)]
+fn spoilt<S: Serialize + DeserializeOwned>(
+    state: S,
+    spoil: &mut dyn FnMut(&mut serde_json::Value),
+) -> Option<S> {
+    let mut value = serde_json::to_value(state).ok()?;
+    spoil(&mut value);
+    serde_json::from_value(value).ok()
 }
 
 /// One device and its wires.
@@ -229,6 +242,13 @@ impl<D: Model> Subject for Single<D> {
     fn same(&self, now: u64, twin: &Self, later: u64) -> bool {
         self.device.save(now) == twin.device.save(later) && self.wires.levels() == twin.wires.levels()
     }
+
+    #[cfg(test)]
+    fn restore_spoilt(&mut self, now: u64, spoil: &mut dyn FnMut(&mut serde_json::Value)) {
+        if let Some(state) = spoilt(self.device.save(now), spoil) {
+            let _ = self.device.restore(&state, now);
+        }
+    }
 }
 
 /// An IOAPIC with its pins.
@@ -271,6 +291,13 @@ impl Subject for IoApics {
     fn same(&self, now: u64, twin: &Self, later: u64) -> bool {
         self.ioapic.save(now) == twin.ioapic.save(later)
     }
+
+    #[cfg(test)]
+    fn restore_spoilt(&mut self, now: u64, spoil: &mut dyn FnMut(&mut serde_json::Value)) {
+        if let Some(state) = spoilt(self.ioapic.save(now), spoil) {
+            let _ = self.ioapic.restore(&state, now);
+        }
+    }
 }
 
 /// A pair of 8259 with its inputs.
@@ -309,6 +336,13 @@ impl Subject for Pics {
 
     fn same(&self, now: u64, twin: &Self, later: u64) -> bool {
         self.pics.save(now) == twin.pics.save(later) && self.wires.levels() == twin.wires.levels()
+    }
+
+    #[cfg(test)]
+    fn restore_spoilt(&mut self, now: u64, spoil: &mut dyn FnMut(&mut serde_json::Value)) {
+        if let Some(state) = spoilt(self.pics.save(now), spoil) {
+            let _ = self.pics.restore(&state, now);
+        }
     }
 }
 
@@ -445,6 +479,16 @@ impl Subject for Apics {
     fn same(&self, now: u64, twin: &Self, later: u64) -> bool {
         self.apics.save(now) == twin.apics.save(later) && self.chip.save(now) == twin.chip.save(later)
     }
+
+    #[cfg(test)]
+    fn restore_spoilt(&mut self, now: u64, spoil: &mut dyn FnMut(&mut serde_json::Value)) {
+        if let Some(state) = spoilt(self.chip.save(now), spoil) {
+            let _ = self.chip.restore(&state, now);
+        }
+        if let Some(state) = spoilt(self.apics.save(now), spoil) {
+            let _ = self.apics.restore(&state, now);
+        }
+    }
 }
 
 /// The ports of one register.
@@ -476,6 +520,11 @@ impl Subject for Ports {
     fn same(&self, _: u64, twin: &Self, _: u64) -> bool {
         self.post.code() == twin.post.code()
     }
+
+    #[cfg(test)]
+    fn restore_spoilt(&mut self, now: u64, spoil: &mut dyn FnMut(&mut serde_json::Value)) {
+        let _ = (now, spoil);
+    }
 }
 
 /// The reset control register.
@@ -502,5 +551,10 @@ impl Subject for Resets {
 
     fn same(&self, now: u64, twin: &Self, later: u64) -> bool {
         self.0.clone().read(0, 1, now) == twin.0.clone().read(0, 1, later)
+    }
+
+    #[cfg(test)]
+    fn restore_spoilt(&mut self, now: u64, spoil: &mut dyn FnMut(&mut serde_json::Value)) {
+        let _ = (now, spoil);
     }
 }

@@ -39,6 +39,73 @@ fn check(device: &str) {
     }
 }
 
+/// Puts values that no device has into one of `rarity` places of a saved state.
+fn spoil(value: &mut serde_json::Value, rarity: u64, random: &mut Random) {
+    use serde_json::Value;
+    match value {
+        Value::Number(_) if random.next().is_multiple_of(rarity) => {
+            let word = random.next();
+            *value = match word & 7 {
+                0 => (word >> 8).into(),
+                1 => (word >> 33).into(),
+                2 => (word as i64).into(),
+                // Bytes, the only numbers that most fields take.
+                _ => (word >> 56).into(),
+            };
+        }
+        Value::Bool(flag) => *flag ^= random.next().is_multiple_of(rarity),
+        Value::Array(items) => {
+            items.iter_mut().for_each(|item| spoil(item, rarity, random));
+            if random.next().is_multiple_of(8 * rarity) {
+                let more = items.clone();
+                items.extend(more.into_iter().cycle().take(100));
+            }
+        }
+        Value::Object(fields) => fields.values_mut().for_each(|field| spoil(field, rarity, random)),
+        _ => {}
+    }
+}
+
+/// A state from a hostile snapshot is refused, or the device goes on with it and keeps its promises.
+fn check_hostile<S: Subject>() {
+    for seed in 0..300 {
+        let mut random = Random(seed * 77 + 1);
+        let now = 1 << 40;
+        let mut subject = S::fresh(now);
+        for _ in 0..100 {
+            let (offset, value) = (random.next() & 0xff, random.next());
+            let op = Op { kind: (value >> 60) as u8 % 6, offset, width: 4, value: value & 0xffff_ffff };
+            subject.act(op, now);
+        }
+        subject.restore_spoilt(now, &mut |value| spoil(value, 4 << (seed % 6), &mut random));
+        let _ = follow(subject, now, &mut Script(&script(seed)));
+    }
+}
+
+macro_rules! hostile {
+    ($($name:ident: $subject:ty),*) => {
+        mod hostile {
+            use super::*;
+            $(#[test]
+            fn $name() {
+                check_hostile::<$subject>();
+            })*
+        }
+    };
+}
+
+hostile!(
+    lapic: subjects::Apics,
+    ioapic: subjects::IoApics,
+    pic: subjects::Pics,
+    pit: subjects::Single<crate::Pit>,
+    hpet: subjects::Single<crate::Hpet>,
+    acpi: subjects::Single<crate::AcpiPm>,
+    rtc: subjects::Single<crate::Rtc>,
+    uart: subjects::Single<crate::Uart>,
+    ps2: subjects::Single<crate::Ps2>
+);
+
 macro_rules! property {
     ($($device:ident),*) => {
         $(#[test]

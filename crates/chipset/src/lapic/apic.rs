@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 use skep_hv::{Pending, Startup};
 
 use super::message::{Delivery, DeliveryMode, Ipi, Route};
+use super::registers::LVT_WRITABLE;
 use super::timer::{Mode, Timer};
 use super::{TscClock, VectorSet};
 use crate::device::RestoreError;
@@ -432,6 +433,14 @@ impl LocalApic {
         }
         if state.base & self.base_reserved() != 0 {
             return fail("IA32_APIC_BASE has reserved bits set");
+        }
+        let bits =
+            state.lvt.iter().zip(LVT_WRITABLE).fold(0, |bits, (entry, writable)| bits | entry & !writable);
+        if bits & !lvt::REMOTE_IRR != 0 {
+            return fail("the local vector table has reserved bits set");
+        }
+        if !state.timer.valid(Mode::from_lvt(state.lvt[lvt::TIMER])) {
+            return fail("the timer is set up for another mode");
         }
         Ok(())
     }

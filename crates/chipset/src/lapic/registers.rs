@@ -47,7 +47,7 @@ const MSR_X2APIC: u32 = 0x800;
 const MSR_X2APIC_END: u32 = 0x8ff;
 
 /// Writable bits of the LVT entries, in their order (figure 11-8).
-const LVT_WRITABLE: [u32; 6] = [0x7_00ff, 0x1_07ff, 0x1_07ff, 0x1_a7ff, 0x1_a7ff, 0x1_00ff];
+pub(super) const LVT_WRITABLE: [u32; 6] = [0x7_00ff, 0x1_07ff, 0x1_07ff, 0x1_a7ff, 0x1_a7ff, 0x1_00ff];
 /// Delivery status and remote IRR: read-only, but not reserved.
 const LVT_READ_ONLY: u32 = 1 << 12 | lvt::REMOTE_IRR;
 

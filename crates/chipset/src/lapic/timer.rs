@@ -121,8 +121,17 @@ impl Timer {
         self.armed.then_some(self.expiry)
     }
 
-    /// The same timer with its expiry moved by `by` (wrapping): to and from times relative to now.
+    /// Whether a saved timer is one, in this mode.
+    pub(super) fn valid(&self, mode: Mode) -> bool {
+        let counts = self.deadline == 0;
+        let waits = self.initial == 0 && self.armed != counts;
+        self.divide & !0xb == 0 && if mode == Mode::TscDeadline { waits } else { counts }
+    }
+
+    /// The same timer with its expiry moved by `by` (wrapping): to and from times relative to now. That of a
+    /// TSC deadline is left for [`Self::locate_deadline`] to find.
     pub(super) fn shifted(&self, by: u64) -> Self {
-        Self { expiry: if self.armed { self.expiry.wrapping_add(by) } else { 0 }, ..self.clone() }
+        let counting = self.armed && self.deadline == 0;
+        Self { expiry: if counting { self.expiry.wrapping_add(by) } else { 0 }, ..self.clone() }
     }
 }

@@ -509,15 +509,21 @@ impl Snapshot for Rtc {
 
     fn restore(&mut self, state: &RtcState, now: u64) -> Result<(), RestoreError> {
         let far = |seconds: i64| seconds.unsigned_abs() > 1 << 40;
-        let valid = state.cells.len() == CELLS
+        let state = state.shifted(now);
+        let mut valid = state.cells.len() == CELLS
             && state.index < 128
             && state.cell(cell::A) & A_UPDATING == 0
             && !far(state.seconds)
-            && !far(state.seen);
+            && !far(state.seen)
+            && due(state.anchor, now)
+            && due(state.periodic_start, now);
+        // Nothing can have been noticed that has not come.
+        valid &= state.stands() || state.seen <= state.running_seconds(now);
+        valid &= state.period().is_none_or(|period| state.periodic_seen <= state.periods(now, period));
         if !valid {
             return Err(RestoreError { device: "rtc", what: "a register holds what it cannot" });
         }
-        self.state = state.shifted(now);
+        self.state = state;
         self.update_line();
         Ok(())
     }
