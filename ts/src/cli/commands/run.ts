@@ -31,11 +31,13 @@ export async function run(args: RunArguments, context: Context): Promise<number>
     return status.ok
   }
   await using vm = await optionErrors(args, () => Vm.create(spec, { signal: context.signal }))
+  const broken = onSerialError(vm)
   const timer = settings.timeout === undefined ? undefined : deadline(vm, settings.timeout, context)
   try {
     const exit = settings.json ? await runJson(vm, terminal, context) : await runAttached(vm, terminal, context)
     // Whoever asked the process to end gets that as its status, not what it did to the guest.
     context.signal.throwIfAborted()
+    broken.throwIfAborted()
     tell(exit, settings, context)
     return exit.status
   } finally {
@@ -160,6 +162,18 @@ async function printEvents(vm: Vm, line: (value: unknown) => Promise<void>, outp
     if (event.type === 'exit') await output
     await line(event)
   }
+}
+
+/** A log that cannot be written any more ends the machine: whoever asked for it would miss the rest in silence. */
+function onSerialError(vm: Vm): AbortSignal {
+  const controller = new AbortController()
+  vm.once('serial-error', ({ port, message }) => {
+    const path = `devices["${lpcSlot}"].com${port}`
+    const text = `serial port ${port} cannot be written any more: ${message}; make room, or choose another file`
+    controller.abort(new HostError('ERR_SERIAL_FILE', text, { path, details: { port } }))
+    vm.kill().catch(() => {})
+  })
+  return controller.signal
 }
 
 function deadline(vm: Vm, timeout: number, context: Context): NodeJS.Timeout {
