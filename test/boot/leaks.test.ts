@@ -41,7 +41,8 @@ test(`${CYCLES} machines leave no memory, thread or descriptor`, { timeout: 600_
   expect(last.guestMappings).toBe(0)
   expect(last.descriptors).toBeLessThanOrEqual(warm.descriptors)
   expect(last.threads).toBeLessThanOrEqual(warm.threads)
-  expect(last.mappings - warm.mappings).toBeLessThanOrEqual(20)
+  // V8 maps thirty or so at once when it likes; one a machine would be more.
+  expect(last.mappings - warm.mappings).toBeLessThan((CYCLES - WARM_UP) / 2)
   expect(last.residentKib - warm.residentKib).toBeLessThan(MAX_GROWTH_KIB)
   // Address space: V8 and malloc take theirs in steps of up to 64 MiB (one arena).
   expect(last.virtualKib - warm.virtualKib).toBeLessThan(128 << 10)
