@@ -91,8 +91,11 @@ impl Slot {
         let bits = waiting::bits(pending);
         self.route.store(apic.route().pack(), Ordering::Release);
         self.base.store(apic.base(), Ordering::Release);
-        let before = self.waiting.swap(bits, Ordering::AcqRel);
-        let next = self.next.swap(pending.next_ns, Ordering::AcqRel);
+        // Only the holder of the lock writes these.
+        let before = self.waiting.load(Ordering::Relaxed);
+        let next = self.next.load(Ordering::Relaxed);
+        self.waiting.store(bits, Ordering::Release);
+        self.next.store(pending.next_ns, Ordering::Release);
         (result, bits & !before != 0 || pending.next_ns < next)
     }
 
