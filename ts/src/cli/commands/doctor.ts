@@ -56,12 +56,12 @@ function kvmLines(kvm: Diagnosis['kvm']): string[] {
 
 function limitLines(limits: Diagnosis['limits']): string[] {
   return Object.entries(limits).map(([name, value]) => {
-    const words = name.replace(/([A-Z])/g, ' $1').toLowerCase()
+    const words = name.replace(/Bytes$/, '').replace(/([A-Z])/g, ' $1').toLowerCase()
     return `${words}: ${value === null ? 'none' : amount(name, value)}`
   })
 }
 
 function amount(name: string, value: number | string | boolean): string {
-  if (typeof value !== 'number' || !/bytes|memory|size|space/i.test(name)) return String(value)
+  if (typeof value !== 'number' || !/Bytes$/.test(name)) return String(value)
   return value >= 2 ** 30 ? `${(value / 2 ** 30).toFixed(1)} GiB` : `${(value / 2 ** 20).toFixed(1)} MiB`
 }
