@@ -74,6 +74,7 @@ export {
 export { buildInitramfs, type InitramfsEntry, type InitramfsOptions, writeInitramfs } from './images/initramfs.js'
 export type { Abortable } from './signal.js'
 export {
+  type DeviceStats,
   GuestMemory,
   type Registers,
   type SegmentRegister,

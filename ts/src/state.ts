@@ -74,16 +74,42 @@ export interface Registers
 export interface VcpuStats {
   /** Number of the processor. */
   vcpu: number
-  /** Instructions retired. */
+  /** Instructions retired; 0 where the accelerator cannot count them. */
   instructions: number
-  [counter: string]: unknown
+  /** Port reads and writes. */
+  portIo: number
+  /** Memory-mapped reads and writes. */
+  memoryIo: number
+  /** Interrupts delivered, NMIs included. */
+  interrupts: number
+  /** Exceptions delivered. */
+  exceptions: number
+  /** Times it halted. */
+  halts: number
+  /** Time it was halted, in nanoseconds. */
+  haltedNs: number
+  /** Blocks of guest code decoded or translated. */
+  blocks: number
+  /** Misses of the software TLB. */
+  tlbMisses: number
+}
+
+/** What a device has been asked for. */
+export interface DeviceStats {
+  /** Its name, such as `com1`. */
+  name: string
+  /** Register reads by processors. */
+  reads: number
+  /** Register writes by processors. */
+  writes: number
 }
 
 /** What a machine has done. */
 export interface VmStats {
   /** By processor. */
   vcpus: VcpuStats[]
-  [counter: string]: unknown
+  /** By device. */
+  devices: DeviceStats[]
 }
 
 /** One processor of a machine, from {@link Vm.vcpu}. */

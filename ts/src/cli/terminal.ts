@@ -4,6 +4,8 @@ import type { Vm } from '../vm.js'
 import { type Context, colors, printError } from './context.js'
 import { EscapeFilter, escapeHelp } from './escape.js'
 
+const newline = 0x0a
+
 /**
  * Attaches a console to standard input and output: on a terminal raw, with the escape key; from a pipe as bytes. Disposing
  * gives the terminal back as it was.
@@ -15,6 +17,9 @@ export function attach(vm: Vm, console: Console, context: Context): Disposable {
     [Symbol.dispose]() {
       input[Symbol.dispose]()
       console.unpipe(context.stdout)
+      // What follows, ours or the shell's prompt, begins on a line of its own.
+      const [last] = console.tail(1)
+      if (context.stdout.isTTY && last !== undefined && last !== newline) context.stdout.write('\n')
     },
   }
 }

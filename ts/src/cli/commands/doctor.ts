@@ -56,7 +56,10 @@ function kvmLines(kvm: Diagnosis['kvm']): string[] {
 
 function limitLines(limits: Diagnosis['limits']): string[] {
   return Object.entries(limits).map(([name, value]) => {
-    const words = name.replace(/Bytes$/, '').replace(/([A-Z])/g, ' $1').toLowerCase()
+    const words = name
+      .replace(/Bytes$/, '')
+      .replace(/([A-Z])/g, ' $1')
+      .toLowerCase()
     return `${words}: ${value === null ? 'none' : amount(name, value)}`
   })
 }
