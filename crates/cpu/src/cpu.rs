@@ -246,7 +246,8 @@ impl Cpu {
         const REST: u64 = fl::TF | fl::IF | fl::DF | fl::IOPL | fl::NT | fl::RF | fl::VM | fl::AC | fl::VIF | fl::VIP | fl::ID;
         self.status = crate::alu::rflags_to_status(value);
         self.rflags_rest = (value & REST) | 2;
-        self.look = true;
+        // What has arrived since the local APIC was last asked comes with mail of its own.
+        self.look |= value & fl::TF != 0 || (value & fl::IF != 0 && self.pending.maskable);
     }
 
     /// Whether `flag` (not a status flag) is set.

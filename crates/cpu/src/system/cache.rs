@@ -1,6 +1,8 @@
 //! Caches and memory ordering. The caches are the host's, coherent and of no concern to the guest; what remains are
-//! privilege checks, the faults of a cache-line flush, and fences.
+//! privilege checks, the faults of a cache-line flush, and fences, which are the host's.
+#![expect(unsafe_code, reason = "fences are intrinsics of a processor feature")]
 
+use std::arch::x86_64::{_mm_lfence, _mm_mfence, _mm_sfence};
 use std::sync::atomic::{Ordering, fence};
 
 use iced_x86::{Instruction, Mnemonic};
@@ -22,8 +24,19 @@ pub(super) fn select(insn: &Instruction, _: &mut Op) -> Option<Handler> {
             |cpu, op| if cpu.msrs.model.clflushopt { flush(cpu, op) } else { Err(cpu.ud()) }
         }
         Mnemonic::Clwb => |cpu, op| if cpu.msrs.model.clwb { flush(cpu, op) } else { Err(cpu.ud()) },
-        Mnemonic::Lfence | Mnemonic::Sfence | Mnemonic::Mfence => |_, _| {
-            fence(Ordering::SeqCst);
+        Mnemonic::Lfence => |_, _| {
+            // SAFETY: every x86-64 processor has SSE2.
+            unsafe { _mm_lfence() };
+            Ok(())
+        },
+        Mnemonic::Sfence => |_, _| {
+            // SAFETY: every x86-64 processor has SSE2.
+            unsafe { _mm_sfence() };
+            Ok(())
+        },
+        Mnemonic::Mfence => |_, _| {
+            // SAFETY: every x86-64 processor has SSE2.
+            unsafe { _mm_mfence() };
             Ok(())
         },
         Mnemonic::Serialize => |cpu, _| {

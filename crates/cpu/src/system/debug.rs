@@ -146,8 +146,9 @@ fn to_debug<T: MemWord>(cpu: &mut Cpu, op: &Op) -> Exec {
         6 | 7 if value >> 32 != 0 => return Err(cpu.gp(0)),
         6 => cpu.dr6 = value & dr6::WRITABLE | dr6::FIXED,
         7 => {
-            cpu.dr7 = value & dr7::WRITABLE | dr7::FIXED;
+            cpu.dr7 = (value & dr7::WRITABLE) | dr7::FIXED;
             cpu.refresh_mode();
+            cpu.look = true;
         }
         // Addresses need not be canonical.
         _ => cpu.dr[number] = value,

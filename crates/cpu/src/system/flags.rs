@@ -39,8 +39,10 @@ fn sti(cpu: &mut Cpu, _: &Op) -> Exec {
     if !cpu.flag(fl::IF) {
         cpu.rflags_rest |= fl::IF;
         cpu.sti_shadow = true;
+        // The shadow ends with the next instruction that the loop runs under its eyes; until something waits, nobody can
+        // tell that it lasted longer.
+        cpu.look |= cpu.pending.maskable;
     }
-    cpu.look = true;
     Ok(())
 }
 

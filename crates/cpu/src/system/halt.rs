@@ -25,6 +25,9 @@ pub(super) fn select(insn: &Instruction, _: &mut Op) -> Option<Handler> {
 
 fn halt(cpu: &mut Cpu, _: &Op) -> Exec {
     cpu.supervisor()?;
+    // Whatever shadow there was covered this instruction.
+    cpu.sti_shadow = false;
+    cpu.mov_ss_shadow = false;
     cpu.halted = true;
     cpu.look = true;
     Ok(())

@@ -61,7 +61,6 @@ impl Cpu {
         };
         self.mode = Mode { cpl, code, stack_mask, protected, v86, long, paging: self.cr0 & cr0::PG != 0 };
         self.select_context();
-        self.look = true;
     }
 
     /// Chooses the array of translations: after a change of RFLAGS.AC alone this is all that is needed.

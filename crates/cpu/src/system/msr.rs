@@ -59,8 +59,8 @@ const MCG_CAP: u64 = MCE_BANKS as u64 | 1 << 8;
 const MISC_ENABLE: u64 = 1 | 1 << 11 | 1 << 12;
 /// What software may change in IA32_MISC_ENABLE: fast strings and the CPUID limit, both without effect here.
 const MISC_ENABLE_WRITABLE: u64 = 1 | 1 << 22;
-/// IA32_SPEC_CTRL: IBRS. It governs speculation, of which an interpreter has none; the bits are only kept.
-const SPEC_CTRL: u64 = 1;
+/// IA32_SPEC_CTRL: IBRS and BHI_DIS_S. It governs speculation, of which an interpreter has none; the bits are only kept.
+const SPEC_CTRL: u64 = 1 | 1 << 10;
 /// IA32_DEBUGCTL: LBR and BTF are kept and do nothing; there are no last-branch records to be seen.
 const DEBUGCTL: u64 = 3;
 /// The microcode revision claimed: newer than any that a guest knows to be faulty.

@@ -59,6 +59,7 @@ impl Cpu {
         self.shutdown = false;
         self.wait_for_sipi = false;
         self.ask_apic = true;
+        self.look = true;
         self.flush_tlb();
         self.refresh_mode();
     }

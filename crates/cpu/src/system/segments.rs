@@ -180,10 +180,16 @@ fn load_m(cpu: &mut Cpu, op: &Op) -> Exec {
 fn load(cpu: &mut Cpu, register: usize, selector: u16) -> Exec {
     cpu.load_segment(register, selector)?;
     if register == seg::SS {
-        cpu.mov_ss_shadow = true;
-        cpu.refresh_mode();
+        inhibit(cpu);
     }
     Ok(())
+}
+
+/// Nothing comes between a load of SS by MOV or POP and the next instruction.
+fn inhibit(cpu: &mut Cpu) {
+    cpu.mov_ss_shadow = true;
+    cpu.look = true;
+    cpu.refresh_mode();
 }
 
 fn push<T: MemWord>(cpu: &mut Cpu, op: &Op) -> Exec {
@@ -208,8 +214,7 @@ fn pop<T: MemWord>(cpu: &mut Cpu, op: &Op) -> Exec {
     // The stack pointer still has the width of the stack it pointed into.
     cpu.drop_stack(size_of::<T>() as u64);
     if register == seg::SS {
-        cpu.mov_ss_shadow = true;
-        cpu.refresh_mode();
+        inhibit(cpu);
     }
     Ok(())
 }

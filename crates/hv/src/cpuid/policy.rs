@@ -88,6 +88,9 @@ pub mod features {
     pub const SEVEN_EDX: u32 = 1 << 4;
     /// Leaf 7 EDX, our own: IBRS and IBPB (which do nothing), IA32_ARCH_CAPABILITIES.
     pub const SEVEN_EDX_OWN: u32 = 1 << 26 | 1 << 29;
+    /// Leaf 7 sub-leaf 2 EDX, our own: BHI_CTRL, whose bit in IA32_SPEC_CTRL does nothing: a guest that has it does not
+    /// clear branch history by running branches at every entry to its kernel.
+    pub const SEVEN_2_EDX_OWN: u32 = 1 << 4;
     /// Leaf 0xD sub-leaf 1 EAX: XSAVEOPT, XSAVEC, XGETBV with ECX = 1.
     pub const XSAVE: u32 = 1 | 1 << 1 | 1 << 2;
     /// XCR0: x87, SSE, AVX.
@@ -156,7 +159,8 @@ pub fn policy(host: &CpuidTable, options: &PolicyOptions) -> CpuidTable {
     }
     // ARAT: the APIC timer never stops.
     set(6, 0, [1 << 2, 0, 0, 0]);
-    set(7, 0, [0, seven_ebx, SEVEN_ECX_OWN | on(options.la57, LA57), seven.edx & SEVEN_EDX | SEVEN_EDX_OWN]);
+    set(7, 0, [2, seven_ebx, SEVEN_ECX_OWN | on(options.la57, LA57), seven.edx & SEVEN_EDX | SEVEN_EDX_OWN]);
+    set(7, 2, [0, 0, 0, SEVEN_2_EDX_OWN]);
     for (index, leaf) in topology.levels() {
         set(0xb, index, [leaf.eax, leaf.ebx, leaf.ecx, leaf.edx]);
     }
