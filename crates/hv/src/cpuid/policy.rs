@@ -147,7 +147,7 @@ pub fn policy(host: &CpuidTable, options: &PolicyOptions) -> CpuidTable {
     let signature = if intel { basic.eax & 0x0fff_3fff } else { SIGNATURE };
     // CLFLUSH line of 64 bytes, logical processors in the package; the APIC ID is filled in for each processor.
     let logical = topology.package_ids().min(255);
-    let edx = BASIC_EDX | on(options.vcpus > 1, HTT);
+    let edx = BASIC_EDX | on(topology.in_package > 1, HTT);
     set(1, 0, [signature, 8 << 8 | logical << 16, ecx, edx]);
 
     // Leaf 2 refers to leaf 4.
@@ -256,19 +256,18 @@ struct Topology {
 impl Topology {
     fn new(options: &PolicyOptions) -> Self {
         let bits = |count: u32| count.max(1).next_power_of_two().trailing_zeros();
-        let (threads, cores) = (options.threads.clamp(1, 255), options.cores.clamp(1, 255));
-        // APIC IDs are given out without gaps, so a count that is no power of two would put neighbours in one core into
-        // different ones: then the whole package is one field.
-        let thread_bits = bits(threads);
-        let package_bits =
-            if threads.is_power_of_two() { thread_bits + bits(cores) } else { bits(threads * cores) };
-        Self {
-            vcpus: options.vcpus.max(1),
-            thread_bits: if threads.is_power_of_two() { thread_bits } else { 0 },
-            package_bits,
-            threads: if threads.is_power_of_two() { threads } else { 1 },
-            in_package: threads * cores,
+        let vcpus = options.vcpus.max(1);
+        let (mut threads, cores) = (options.threads.clamp(1, 255), options.cores.clamp(1, 255));
+        let mut in_package = threads * cores;
+        // APIC IDs are given out without gaps. Counts that are no powers of two would put neighbours in one core, or in one
+        // package, on different sides of a field's border: then the level is not shown.
+        if !threads.is_power_of_two() {
+            threads = 1;
         }
+        if !in_package.is_power_of_two() && vcpus > in_package {
+            in_package = vcpus.min(255);
+        }
+        Self { vcpus, thread_bits: bits(threads), package_bits: bits(in_package), threads, in_package }
     }
 
     fn package_ids(&self) -> u32 {
@@ -436,6 +435,19 @@ mod tests {
             assert_eq!((leaf.eax, leaf.ebx, leaf.ecx & 0xff, leaf.edx), (shift, count, index, 5));
         }
         assert_eq!(shown.lookup(1, 0, &cpu).ebx >> 16 & 0xff, 8);
+    }
+
+    #[test]
+    fn levels_that_apic_ids_cannot_tell_apart_are_not_shown() {
+        let levels = |vcpus, cores, threads| {
+            let shown = policy(&everything(), &PolicyOptions { vcpus, cores, threads, ..Default::default() });
+            let level = |index| shown.get(0xb, index).map(|leaf| (leaf.eax, leaf.ebx)).unwrap();
+            (level(0), level(1))
+        };
+        assert_eq!(levels(6, 3, 2), ((1, 2), (3, 6)), "one package, ID space left over");
+        assert_eq!(levels(6, 3, 1), ((0, 1), (3, 6)), "two packages of three look like one of six");
+        assert_eq!(levels(4, 1, 1), ((0, 1), (0, 1)), "four packages");
+        assert_eq!(levels(6, 2, 3), ((0, 1), (3, 6)), "three threads look like three cores");
     }
 
     #[test]
