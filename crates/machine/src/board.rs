@@ -64,10 +64,8 @@ impl Board {
         let controller: Arc<dyn skep_chipset::ExternalController> = chip.clone();
         apics.attach_controller(Arc::downgrade(&controller));
 
-        let mut ports = COM_PORTS.into_iter().zip(COM_IRQS).zip(attention);
-        let uarts = std::array::from_fn(|_| {
-            let ((port, irq), attention) = ports.next().unwrap_or_else(|| unreachable!("four ports of each"));
-            shared(Uart::new(port, chip.isa_line(irq), attention))
+        let uarts = std::array::from_fn(|at| {
+            shared(Uart::new(COM_PORTS[at], chip.isa_line(COM_IRQS[at]), attention[at].clone()))
         });
         let gate = LegacyGate::default();
         let lines = HpetLines {
@@ -174,7 +172,56 @@ impl Device for ConfigPorts {
 
 #[cfg(test)]
 mod tests {
+    use skep_chipset::Space;
+
     use super::*;
+
+    #[test]
+    fn every_address_can_be_read_and_written_at_any_width() {
+        let spec = crate::spec::tests::parsed();
+        let layout = MemoryLayout::new(spec.memory.size, 0).unwrap();
+        let serial = crate::serial::SerialPorts::new(spec.serial_ports().unwrap());
+        let board = Board::new(Parts {
+            spec: &spec,
+            layout: &layout,
+            cpuid: &CpuidTable::default(),
+            tsc: Arc::new(skep_chipset::LinearTsc::new(1_000_000_000)),
+            timer: Arc::default(),
+            attention: serial.attention(),
+        })
+        .unwrap();
+        let pages = [layout::IOAPIC, layout::HPET, layout::LOCAL_APIC, 0xfff0_0000];
+        let mut seed = 0x2545_f491_4f6c_dd1du64;
+        let mut random = || {
+            seed ^= seed << 13;
+            seed ^= seed >> 7;
+            seed ^= seed << 17;
+            seed
+        };
+        let (mut effects, mut claimed) = (0, 0);
+        for _ in 0..200_000 {
+            let (r, value) = (random(), random());
+            let width = 1 << (r % 4);
+            let (space, address) = match r >> 8 & 3 {
+                0 => (Space::Port, r >> 16 & 0xffff),
+                1 => (Space::Port, r >> 16 & 0x3ff),
+                _ => (Space::Memory, pages[(r >> 10 & 3) as usize] + (r >> 16 & 0x1fff)),
+            };
+            if r & 1 << 12 == 0 {
+                effects += u32::from(board.bus.write(space, address, width, value).effect != Effect::None);
+            } else {
+                let read = board.bus.read(space, address, width);
+                let ones = u64::MAX >> (64 - 8 * u32::from(width));
+                assert_eq!(read & !ones, 0, "{space:?} {address:#x} {width}");
+                claimed += u32::from(read != ones);
+            }
+            if r & 0xff << 20 == 0 {
+                board.bus.advance();
+                board.reset();
+            }
+        }
+        assert!(effects > 0 && claimed > 1000, "the devices are there: {effects} {claimed}");
+    }
 
     #[test]
     fn a_dword_to_the_configuration_address_is_no_reset() {

@@ -327,7 +327,7 @@ fn parse_uuid(text: &str) -> Option<[u8; 16]> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use serde_json::{Value, json};
 
     use super::*;
@@ -344,6 +344,11 @@ mod tests {
         })
     }
 
+    /// A valid specification with two vCPUs and the debug-exit port off.
+    pub(crate) fn parsed() -> MachineSpec {
+        MachineSpec::from_json(&valid().to_string()).unwrap()
+    }
+
     fn refused(change: impl FnOnce(&mut Value)) -> (&'static str, Option<String>) {
         let mut spec = valid();
         change(&mut spec);
@@ -353,7 +358,7 @@ mod tests {
 
     #[test]
     fn a_valid_specification_goes_round() {
-        let spec = MachineSpec::from_json(&valid().to_string()).unwrap();
+        let spec = parsed();
         assert_eq!(spec.vcpus(), 2);
         assert_eq!(spec.uuid_bytes().unwrap()[..4], [0x01, 0x23, 0x45, 0x67]);
         let mut uuid = valid();
