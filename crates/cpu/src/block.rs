@@ -76,6 +76,7 @@ const NO_JUMP: Jump = Jump { linear: 0, stamp: u64::MAX, block: std::ptr::null()
 pub(crate) struct Blocks {
     jumps: Box<[Jump]>,
     by_address: HashMap<u64, *const Block, BuildHasherDefault<Mix>>,
+    #[expect(clippy::vec_box, reason = "blocks are pointed to and must not move when the arena grows")]
     arena: Vec<Box<Block>>,
     ops: usize,
     running: *const Block,

@@ -20,8 +20,6 @@ pub(crate) enum Raised {
     Restart,
     /// A data access to a non-canonical address: #SS(0) if its segment is SS, else #GP(0); the run loop knows.
     NonCanonical,
-    /// Shutdown: triple fault.
-    Shutdown,
     /// The back end cannot go on.
     Failed(&'static str),
 }

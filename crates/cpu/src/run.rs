@@ -394,7 +394,6 @@ impl Cpu {
     fn deliver_raised(&mut self, segment: Option<u8>) {
         match self.settle(segment) {
             Raised::Exception(e) => self.deliver_exception(e),
-            Raised::Shutdown => self.shutdown = true,
             Raised::Failed(why) => self.raised = Raised::Failed(why),
             Raised::None | Raised::Restart | Raised::NonCanonical => {}
         }

@@ -77,7 +77,7 @@ mem_word! {
 /// Where one page's worth of an access goes.
 #[derive(Clone, Copy)]
 enum Place {
-    Memory { page: HostPage, gpa: u64, writable: bool, shift: u8 },
+    Memory { page: HostPage, gpa: u64 },
     Io(u64),
 }
 
@@ -96,8 +96,8 @@ impl Cpu {
     #[inline(always)]
     pub(crate) fn write<T: MemWord>(&mut self, linear: u64, value: T) -> Exec {
         match self.tlb.write(linear, size_of::<T>() as u64) {
-            // SAFETY: as in `read`.
             Some(at) => {
+                // SAFETY: as in `read`.
                 unsafe { T::store(at, value) };
                 Ok(())
             }
@@ -138,8 +138,8 @@ impl Cpu {
     pub(crate) fn write_system<T: MemWord>(&mut self, linear: u64, value: T) -> Exec {
         let context = self.system_context();
         match self.tlb.look(context, linear, size_of::<T>() as u64, true) {
-            // SAFETY: as in `read`.
             Some(at) => {
+                // SAFETY: as in `read`.
                 unsafe { T::store(at, value) };
                 Ok(())
             }
@@ -161,7 +161,7 @@ impl Cpu {
             let len = ((PAGE - at % PAGE) as usize).min(into.len() - done);
             let piece = &mut into[done..done + len];
             match self.place(context, at, Access::Read)? {
-                Place::Memory { page, gpa, .. } => self.copy(page, gpa, |memory, gpa| memory.read(gpa, piece)),
+                Place::Memory { page, gpa } => self.copy(page, gpa, |memory, gpa| memory.read(gpa, piece)),
                 Place::Io(gpa) => self.io_read_bytes(gpa, piece),
             }
             done += len;
@@ -179,7 +179,7 @@ impl Cpu {
             let len = ((PAGE - at % PAGE) as usize).min(from.len() - done);
             let piece = &from[done..done + len];
             match self.place(context, at, Access::Write)? {
-                Place::Memory { page, gpa, .. } => self.copy(page, gpa, |memory, gpa| memory.write(gpa, piece)),
+                Place::Memory { page, gpa } => self.copy(page, gpa, |memory, gpa| memory.write(gpa, piece)),
                 Place::Io(gpa) => self.io_write_bytes(gpa, piece),
             }
             done += len;
@@ -195,7 +195,7 @@ impl Cpu {
     /// Host address of a range that lies in one page of plain memory and is cached for the access, after trying to
     /// cache it: for REP string chunks. `None`: take the ordinary path.
     pub(crate) fn host_range(&mut self, linear: u64, len: u64, write: bool) -> Exec<Option<*mut u8>> {
-        if len == 0 || linear % PAGE + len > PAGE {
+        if len == 0 || linear % PAGE + len > PAGE || self.tlb.context() == Context::Slow {
             return Ok(None);
         }
         let cached = |tlb: &super::Tlb| if write { tlb.write(linear, len) } else { tlb.read(linear, len) };
@@ -280,7 +280,7 @@ impl Cpu {
         let watched = self.memory.watch(page.index).load(Ordering::SeqCst) != 0;
         let free = writable && page.writable && !watched && (!logged || access == Access::Write);
         self.tlb.fill(context, linear, page.host, free, shift);
-        Ok(Place::Memory { page, gpa: gpa | linear % PAGE, writable: free, shift })
+        Ok(Place::Memory { page, gpa: gpa | linear % PAGE })
     }
 
     #[cold]
@@ -409,7 +409,7 @@ impl Cpu {
         for (i, byte) in into.iter_mut().enumerate() {
             *byte = match self.place(context, linear.wrapping_add(i as u64), Access::Read)? {
                 // SAFETY: one byte of a mapped page.
-                Place::Memory { page, gpa, .. } => unsafe { u8::load(page.host.as_ptr().add((gpa % PAGE) as usize)) },
+                Place::Memory { page, gpa } => unsafe { u8::load(page.host.as_ptr().add((gpa % PAGE) as usize)) },
                 Place::Io(gpa) => self.io().memory_read(gpa, 1) as u8,
             };
         }
@@ -419,13 +419,13 @@ impl Cpu {
     fn write_across(&mut self, context: Context, linear: u64, from: &[u8]) -> Exec {
         self.check_range(context, linear, from.len() as u64, Access::Write)?;
         for i in 0..from.len() {
-            if let Place::Memory { page, gpa, .. } = self.place(context, linear.wrapping_add(i as u64), Access::Write)? {
+            if let Place::Memory { page, gpa } = self.place(context, linear.wrapping_add(i as u64), Access::Write)? {
                 self.about_to_write(page.index, gpa % PAGE, 1)?;
             }
         }
         for (i, &byte) in from.iter().enumerate() {
             match self.place(context, linear.wrapping_add(i as u64), Access::Write)? {
-                Place::Memory { page, gpa, .. } => {
+                Place::Memory { page, gpa } => {
                     // SAFETY: one byte of a mapped, writable page.
                     unsafe { u8::store(page.host.as_ptr().add((gpa % PAGE) as usize), byte) };
                     self.memory.written(page.index, gpa % PAGE, 1);

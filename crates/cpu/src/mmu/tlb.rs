@@ -179,13 +179,6 @@ impl Tlb {
         self.new_asid(0);
     }
 
-    /// Forgets the current address space (global pages included: keeping them is only ever an optimisation).
-    pub(crate) fn flush_current(&mut self) {
-        let pcid = self.pcids.iter().find(|p| p.1 == self.asid).map_or(0, |p| p.0);
-        self.flush_pcid(pcid);
-        self.new_asid(pcid);
-    }
-
     /// Forgets one PCID's translations; if it is the current one, the caller must [`Tlb::switch`] to it anew.
     pub(crate) fn flush_pcid(&mut self, pcid: u16) {
         self.pcids.retain(|p| p.0 != pcid);
