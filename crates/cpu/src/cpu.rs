@@ -181,6 +181,8 @@ pub(crate) struct Cpu {
     pub(crate) code_epoch: u32,
     /// When to ask it again at the latest, monotonic ns.
     pub(crate) deadline: u64,
+    /// Counts PAUSE.
+    pub(crate) pauses: u32,
 
     /// Task register.
     pub(crate) tr: Segment,
@@ -298,6 +300,7 @@ impl Cpu {
             ask_apic: true,
             code_epoch: 0,
             deadline: u64::MAX,
+            pauses: 0,
             tr: Segment::default(),
             ldtr: Segment::default(),
             gdtr: Table::default(),

@@ -9,10 +9,7 @@ use crate::op::{Handler, Op};
 pub(super) fn select(insn: &Instruction, _: &mut Op) -> Option<Handler> {
     Some(match insn.mnemonic() {
         Mnemonic::Hlt => halt,
-        Mnemonic::Pause => |_, _| {
-            std::hint::spin_loop();
-            Ok(())
-        },
+        Mnemonic::Pause => pause,
         Mnemonic::Ud0
         | Mnemonic::Ud1
         | Mnemonic::Ud2
@@ -21,6 +18,18 @@ pub(super) fn select(insn: &Instruction, _: &mut Op) -> Option<Handler> {
         | Mnemonic::Mwait => |cpu, _| Err(cpu.ud()),
         _ => return None,
     })
+}
+
+/// PAUSEs after which a spinning guest makes room: some 10 µs of a tight loop.
+const PATIENCE: u32 = 256;
+
+/// Whoever holds what the guest spins for may be a virtual processor that the host does not run at the moment.
+fn pause(cpu: &mut Cpu, _: &Op) -> Exec {
+    cpu.pauses = cpu.pauses.wrapping_add(1);
+    if cpu.pauses.is_multiple_of(PATIENCE) {
+        std::thread::yield_now();
+    }
+    Ok(())
 }
 
 fn halt(cpu: &mut Cpu, _: &Op) -> Exec {

@@ -82,6 +82,7 @@ pub(crate) fn continues(mnemonic: Mnemonic) -> bool {
             | Mnemonic::Rdgsbase
             | Mnemonic::Xgetbv
             | Mnemonic::Swapgs
+            | Mnemonic::Pause
             | Mnemonic::Cli
             | Mnemonic::Clac
             | Mnemonic::Stac

@@ -1,6 +1,7 @@
 //! A processor over one MiB of memory, in each mode, with tables that the tests fill.
 
 mod delivery;
+mod hostile;
 mod paging;
 mod privilege;
 mod registers;
