@@ -113,13 +113,6 @@ impl Shared {
         Arc::new(Self { cpuid: options.cpuid, tsc_hz, mailboxes, flushes: AtomicU64::new(0), alone: AtomicBool::new(false) })
     }
 
-    /// Wakes the vCPU with an APIC ID (paravirtual kick).
-    pub(crate) fn wake(&self, id: u32) {
-        if let Some(mailbox) = self.mailboxes.get(id as usize) {
-            mailbox.wake();
-        }
-    }
-
     /// Asks every vCPU but `except` to forget cached write permissions, and waits until none can use one any more.
     fn flush_others(&self, except: Option<u32>) {
         if self.mailboxes.len() == 1 && except.is_some() {
