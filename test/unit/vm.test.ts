@@ -4,6 +4,8 @@ import { existsSync, readFileSync } from 'node:fs'
 import { createRequire } from 'node:module'
 import { join } from 'node:path'
 import { setImmediate as turn } from 'node:timers/promises'
+import { setFlagsFromString } from 'node:v8'
+import { runInNewContext } from 'node:vm'
 import { beforeEach, describe, expect, test } from 'vitest'
 import { diagnose } from '../../ts/src/doctor.js'
 import { BootError, ConfigError, HostError, StateError } from '../../ts/src/errors.js'
@@ -153,6 +155,28 @@ describe('living', () => {
     await expect(vm.wait({ signal: AbortSignal.abort(reason) })).rejects.toBe(reason)
     await vm.kill()
     expect(await vm.wait({ timeout: 1000 })).toMatchObject({ reason: 'killed' })
+  })
+
+  test('one that nobody holds and that does not run is collected, one that runs is not', async () => {
+    setFlagsFromString('--expose-gc')
+    const gc = runInNewContext('gc') as () => void
+    const make = async (start: boolean) => {
+      const vm = await Vm.create(config)
+      if (start) await vm.start()
+      return { weak: new WeakRef(vm), guest: fake.Machine.last }
+    }
+    const idle = await make(false)
+    const running = await make(true)
+    for (let i = 0; i < 10; i++) {
+      await turn()
+      gc()
+    }
+    expect(idle.weak.deref()).toBeUndefined()
+    expect(running.weak.deref()).toBeDefined()
+    // The addon may still call, and nobody hears.
+    idle.guest.say('x')
+    idle.guest.end({ reason: 'killed', status: 4 })
+    await running.weak.deref()?.kill()
   })
 
   test('ref and unref reach the addon', async () => {

@@ -114,27 +114,35 @@ export class Vm extends EventEmitter<VmEventMap> implements AsyncDisposable {
     }
     signal?.throwIfAborted()
     const vm = new Vm(resolve(config, { base }), scrollback)
-    // The addon must not keep a machine alive that nobody holds any more: it is destroyed when it is collected.
-    const weak = new WeakRef(vm)
-    vm.#native = await crossing(() =>
-      native().Machine.create(
-        JSON.stringify(vm.spec),
-        (events) => {
-          const held = weak.deref()
-          if (held) held.#receive(events)
-        },
-        (port, data) => {
-          const held = weak.deref()
-          if (held) held.#ports.get(port)?.receive(data)
-        },
-      ),
-    )
+    const { onEvents, onOutput } = Vm.#receivers(new WeakRef(vm))
+    const spec = JSON.stringify(vm.spec)
+    vm.#native = await crossing(() => native().Machine.create(spec, onEvents, onOutput))
     if (signal?.aborted) {
       await vm[Symbol.asyncDispose]()
       signal.throwIfAborted()
     }
     if (signal) vm.#killOn(signal)
     return vm
+  }
+
+  /**
+   * What the addon calls. It must not keep a machine alive that nobody holds any more (which is destroyed when it is
+   * collected), so these functions share no scope with the machine itself.
+   */
+  static #receivers(weak: WeakRef<Vm>): {
+    onEvents: (events: string) => void
+    onOutput: (port: number, data: Buffer) => void
+  } {
+    return {
+      onEvents: (events) => {
+        const vm = weak.deref()
+        if (vm) vm.#receive(events)
+      },
+      onOutput: (port, data) => {
+        const vm = weak.deref()
+        if (vm) vm.#ports.get(port)?.receive(data)
+      },
+    }
   }
 
   /**
