@@ -116,7 +116,7 @@ impl Cpu {
             let text = &bytes[end..(end + len).min(bytes.len())];
             let mut ends = insn.is_invalid();
             op.run = if insn.is_invalid() {
-                if decoder.last_error() == DecoderError::NoMoreBytes { too_long } else { undefined }
+                if exceeds(bits, &bytes[end..]) { too_long } else { undefined }
             } else if let Some(handler) = exec::select(&insn, &mut op, key.code) {
                 ends = insn.flow_control() != FlowControl::Next || (repeats(&insn) && insn.is_string_instruction());
                 handler
@@ -138,6 +138,19 @@ impl Cpu {
         }
         end
     }
+}
+
+/// Whether an invalid instruction is one because it has more than 15 bytes.
+fn exceeds(bits: u32, bytes: &[u8]) -> bool {
+    let whole = &bytes[..bytes.len().min(LONGEST)];
+    if !Decoder::new(bits, whole, DecoderOptions::NO_INVALID_CHECK).decode().is_invalid() {
+        // A prefix or operand is what makes it invalid.
+        return false;
+    }
+    // With 15 bytes there the decoder does not tell; with 14 it says that it wants more.
+    let mut decoder = Decoder::new(bits, &whole[..whole.len().min(LONGEST - 1)], DecoderOptions::NO_INVALID_CHECK);
+    decoder.decode();
+    decoder.last_error() == DecoderError::NoMoreBytes
 }
 
 fn copy_code(page: &crate::mmu::Code, offset: usize, into: &mut [u8]) {
@@ -200,7 +213,12 @@ fn fill(insn: &Instruction, code: CodeSize, start: usize, len: usize) -> Op {
             | OpKind::Immediate32to64 => op.imm = insn.immediate(i),
             OpKind::Memory => memory_operand(insn, code, &mut op),
             OpKind::MemorySegSI | OpKind::MemorySegESI | OpKind::MemorySegRSI | OpKind::MemorySegDI | OpKind::MemorySegEDI
-            | OpKind::MemorySegRDI => op.seg = segment(insn.memory_segment()),
+            | OpKind::MemorySegRDI => {
+                op.seg = match (code, insn.memory_segment()) {
+                    (CodeSize::Bits64, Register::CS | Register::SS | Register::ES) => seg::DS as u8,
+                    (_, register) => segment(register),
+                };
+            }
             _ => {}
         }
     }

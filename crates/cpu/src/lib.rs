@@ -23,6 +23,8 @@ pub(crate) mod fault;
 pub(crate) mod mmu;
 pub(crate) mod native;
 pub(crate) mod op;
+#[doc(hidden)]
+pub mod oracle;
 pub(crate) mod regs;
 pub(crate) mod run;
 pub(crate) mod system;

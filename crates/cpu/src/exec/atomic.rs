@@ -68,8 +68,6 @@ fn cmpxchg_rr<T: AluWord>(cpu: &mut Cpu, op: &Op) -> Exec {
         cpu.regs.set(op.dst, new);
     } else {
         cpu.regs.set(at::RAX, found);
-        // A 32-bit destination is written back, and so zero-extended, either way.
-        cpu.regs.set(op.dst, found);
     }
     Ok(())
 }

@@ -4,7 +4,7 @@ use iced_x86::{Instruction, Mnemonic, OpKind};
 
 use super::address::Addressing;
 use super::{Form, Shape, addressed, sized, wide};
-use crate::alu::{AluWord, WideWord};
+use crate::alu::{AluWord, WideWord, st};
 use crate::cpu::Cpu;
 use crate::fault::Exec;
 use crate::mmu::{Access, MemWord};
@@ -13,6 +13,11 @@ use crate::regs::at;
 
 trait Shift {
     fn apply<T: AluWord>(a: T, count: u8, status: &mut u16) -> T;
+    /// A register by an immediate count.
+    #[inline(always)]
+    fn immediate<T: AluWord>(a: T, count: u8, status: &mut u16) -> T {
+        Self::apply(a, count, status)
+    }
 }
 
 macro_rules! shift {
@@ -26,7 +31,31 @@ macro_rules! shift {
         }
     )*};
 }
-shift! { Shl shl; Shr shr; Sar sar; Rol rol; Ror ror; Rcl rcl; Rcr rcr; }
+shift! { Shl shl; Shr shr; Sar sar; Rcl rcl; Rcr rcr; }
+
+/// Rotates of a register by an immediate leave OF alone where it is undefined (counts other than 1); others do not.
+macro_rules! rotate {
+    ($name:ident $op:ident) => {
+        struct $name;
+        impl Shift for $name {
+            #[inline(always)]
+            fn apply<T: AluWord>(a: T, count: u8, status: &mut u16) -> T {
+                T::$op(a, count, status)
+            }
+            #[inline(always)]
+            fn immediate<T: AluWord>(a: T, count: u8, status: &mut u16) -> T {
+                let before = *status;
+                let result = T::$op(a, count, status);
+                if count & if T::BITS == 64 { 63 } else { 31 } != 1 {
+                    *status = *status & !st::OF | before & st::OF;
+                }
+                result
+            }
+        }
+    };
+}
+rotate!(Rol rol);
+rotate!(Ror ror);
 
 trait Double {
     fn apply<T: WideWord>(a: T, b: T, count: u8, status: &mut u16) -> T;
@@ -76,16 +105,14 @@ fn single<O: Shift>(insn: &Instruction, op: &mut Op, form: Form) -> Handler {
 }
 
 fn r_imm<O: Shift, T: AluWord>(cpu: &mut Cpu, op: &Op) -> Exec {
-    shift_register::<O, T>(cpu, op, op.imm as u8)
+    let a = cpu.regs.get::<T>(op.dst);
+    let result = O::immediate(a, op.imm as u8, &mut cpu.status);
+    cpu.regs.set(op.dst, result);
+    Ok(())
 }
 
 fn r_cl<O: Shift, T: AluWord>(cpu: &mut Cpu, op: &Op) -> Exec {
     let count = cpu.regs.get::<u8>(at::RCX);
-    shift_register::<O, T>(cpu, op, count)
-}
-
-#[inline(always)]
-fn shift_register<O: Shift, T: AluWord>(cpu: &mut Cpu, op: &Op, count: u8) -> Exec {
     let a = cpu.regs.get::<T>(op.dst);
     let result = O::apply(a, count, &mut cpu.status);
     cpu.regs.set(op.dst, result);
@@ -93,16 +120,14 @@ fn shift_register<O: Shift, T: AluWord>(cpu: &mut Cpu, op: &Op, count: u8) -> Ex
 }
 
 fn m_imm<O: Shift, T: AluWord + MemWord, A: Addressing>(cpu: &mut Cpu, op: &Op) -> Exec {
-    shift_memory::<O, T, A>(cpu, op, op.imm as u8)
+    let linear = A::linear(cpu, op, size_of::<T>() as u64, Access::Write)?;
+    let count = op.imm as u8;
+    cpu.modify(linear, false, |a: T, s| O::apply(a, count, s))?;
+    Ok(())
 }
 
 fn m_cl<O: Shift, T: AluWord + MemWord, A: Addressing>(cpu: &mut Cpu, op: &Op) -> Exec {
     let count = cpu.regs.get::<u8>(at::RCX);
-    shift_memory::<O, T, A>(cpu, op, count)
-}
-
-#[inline(always)]
-fn shift_memory<O: Shift, T: AluWord + MemWord, A: Addressing>(cpu: &mut Cpu, op: &Op, count: u8) -> Exec {
     let linear = A::linear(cpu, op, size_of::<T>() as u64, Access::Write)?;
     cpu.modify(linear, false, |a: T, s| O::apply(a, count, s))?;
     Ok(())

@@ -51,6 +51,10 @@ pub(super) fn select(insn: &Instruction, op: &mut Op, form: Form) -> Option<Hand
 trait Strings {
     /// REP stops on the zero flag too (CMPS, SCAS).
     const COMPARES: bool = false;
+    /// RSI is cut to a 32-bit address size before the count is looked at.
+    const SOURCE: bool = false;
+    /// RDI likewise.
+    const DESTINATION: bool = false;
     /// What is checked even if no element is to be done.
     fn check<T: AluWord + MemWord>(_cpu: &mut Cpu) -> Exec {
         Ok(())
@@ -68,6 +72,14 @@ fn string<S: Strings, T: AluWord + MemWord>(cpu: &mut Cpu, op: &Op) -> Exec {
         return S::one::<T>(cpu, op);
     }
     S::check::<T>(cpu)?;
+    if op.has(Op::A32) && cpu.mode.code == crate::cpu::CodeSize::Bits64 {
+        for (register, used) in [(at::RCX, true), (at::RSI, S::SOURCE), (at::RDI, S::DESTINATION)] {
+            if used {
+                let low = cpu.regs.get::<u32>(register);
+                cpu.regs.set(register, low);
+            }
+        }
+    }
     // A fault in a comparison finds the flags as they were before the first element (SDM vol. 2B, REP).
     let before = cpu.status;
     let result = repeat::<S, T>(cpu, op);
@@ -147,6 +159,9 @@ fn unbounded(cpu: &Cpu, op: &Op) -> bool {
 
 struct Movs;
 impl Strings for Movs {
+    const SOURCE: bool = true;
+    const DESTINATION: bool = true;
+
     fn one<T: AluWord + MemWord>(cpu: &mut Cpu, op: &Op) -> Exec {
         let from = source::<T>(cpu, op)?;
         let value = cpu.read::<T>(from)?;
@@ -190,6 +205,8 @@ impl Strings for Movs {
 
 struct Stos;
 impl Strings for Stos {
+    const DESTINATION: bool = true;
+
     fn one<T: AluWord + MemWord>(cpu: &mut Cpu, op: &Op) -> Exec {
         let to = destination::<T>(cpu, op, Access::Write)?;
         let value = cpu.regs.get::<T>(at::RAX);
@@ -225,6 +242,8 @@ impl Strings for Stos {
 
 struct Lods;
 impl Strings for Lods {
+    const SOURCE: bool = true;
+
     fn one<T: AluWord + MemWord>(cpu: &mut Cpu, op: &Op) -> Exec {
         let from = source::<T>(cpu, op)?;
         let value = cpu.read::<T>(from)?;
@@ -269,6 +288,8 @@ fn port_allowed<T: Word>(cpu: &mut Cpu) -> Exec {
 
 struct Ins;
 impl Strings for Ins {
+    const DESTINATION: bool = true;
+
     fn check<T: AluWord + MemWord>(cpu: &mut Cpu) -> Exec {
         port_allowed::<T>(cpu)
     }
@@ -288,6 +309,8 @@ impl Strings for Ins {
 
 struct Outs;
 impl Strings for Outs {
+    const SOURCE: bool = true;
+
     fn check<T: AluWord + MemWord>(cpu: &mut Cpu) -> Exec {
         port_allowed::<T>(cpu)
     }

@@ -90,10 +90,7 @@ fn map(fd: &OwnedFd, protection: libc::c_int) -> io::Result<NonNull<u8>> {
     // SAFETY: a fresh mapping at an address of the system's choice.
     let at =
         unsafe { libc::mmap(std::ptr::null_mut(), SIZE, protection, libc::MAP_SHARED, fd.as_raw_fd(), 0) };
-    match NonNull::new(at.cast()) {
-        Some(at) if at.as_ptr().cast() != libc::MAP_FAILED => Ok(at),
-        _ => Err(io::Error::last_os_error()),
-    }
+    NonNull::new(at.cast()).filter(|_| at != libc::MAP_FAILED).ok_or_else(io::Error::last_os_error)
 }
 
 impl Cpu {

@@ -1,6 +1,4 @@
-//! MXCSR, VZEROUPPER, fences, cache control and hints.
-
-use std::sync::atomic::{Ordering, fence};
+//! MXCSR, VZEROUPPER, and hints that are no-operations.
 
 use iced_x86::{Instruction, Mnemonic};
 use skep_hv::cpuid::CpuidTable;
@@ -16,29 +14,16 @@ use crate::op::{Handler, Op};
 pub(super) fn select(insn: &Instruction, cpuid: &CpuidTable) -> Option<Handler> {
     use Mnemonic as M;
     let handler: Handler = match insn.mnemonic() {
-        // Hints, on every processor, if only as the no-operations that they once were.
-        M::Prefetch
-        | M::Prefetchw
-        | M::Prefetchwt1
-        | M::Prefetchnta
-        | M::Prefetcht0
-        | M::Prefetcht1
-        | M::Prefetcht2 => {
+        // Memory protection extensions are the no-operations that their encodings were before.
+        M::Cldemote | M::Bndcl | M::Bndcn | M::Bndcu | M::Bndldx | M::Bndmk | M::Bndmov | M::Bndstx | M::Reservednop => {
             return Some(nothing);
         }
-        M::Prefetchit0 | M::Prefetchit1 | M::Prefetchreservednop_m8 | M::Cldemote => return Some(nothing),
-        M::Bndcl | M::Bndcn | M::Bndcu | M::Bndldx | M::Bndmk | M::Bndmov | M::Bndstx => {
-            return Some(nothing);
-        }
-        M::Pause => return Some(pause),
         M::Ldmxcsr => load_mxcsr::<false>,
         M::Vldmxcsr => load_mxcsr::<true>,
         M::Stmxcsr => store_mxcsr::<false>,
         M::Vstmxcsr => store_mxcsr::<true>,
         M::Vzeroupper => zero::<2>,
         M::Vzeroall => zero::<0>,
-        M::Lfence | M::Sfence | M::Mfence | M::Serialize => order,
-        M::Clflush | M::Clflushopt | M::Clwb => flush_line,
         _ => return None,
     };
     gate::offered(insn, cpuid).then_some(handler)
@@ -46,22 +31,6 @@ pub(super) fn select(insn: &Instruction, cpuid: &CpuidTable) -> Option<Handler> 
 
 fn nothing(_: &mut Cpu, _: &Op) -> Exec {
     Ok(())
-}
-
-fn pause(_: &mut Cpu, _: &Op) -> Exec {
-    std::hint::spin_loop();
-    Ok(())
-}
-
-fn order(_: &mut Cpu, _: &Op) -> Exec {
-    fence(Ordering::SeqCst);
-    Ok(())
-}
-
-/// Faults as a byte read does; caches are the host's affair.
-fn flush_line(cpu: &mut Cpu, op: &Op) -> Exec {
-    let linear = cpu.linear(op, 1, Access::Read)?;
-    cpu.probe(linear, 1, Access::Read)
 }
 
 fn load_mxcsr<const VEX: bool>(cpu: &mut Cpu, op: &Op) -> Exec {

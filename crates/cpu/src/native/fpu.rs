@@ -185,6 +185,24 @@ impl Fpu {
         self.set_word(fx::FSW, fsw & !(FSW_ES | FSW_B) | summary);
     }
 
+    /// Sets what a program can see: an FXSAVE64 image up to the XMM registers, with MXCSR, and the YMM registers.
+    pub(crate) fn set_visible(&mut self, image: &[u8; 160], ymm: &[[u64; 4]; 16]) {
+        self.get_x87(image, true);
+        self.frame.mxcsr = image_mxcsr(image) & MXCSR_MASK;
+        for (to, from) in self.frame.vector.iter_mut().zip(ymm) {
+            to[..4].copy_from_slice(from);
+        }
+    }
+
+    /// What a program can see, likewise.
+    pub(crate) fn visible(&self, image: &mut [u8; 160], ymm: &mut [[u64; 4]; 16]) {
+        self.put_x87(image, true);
+        put_image_mxcsr(image, self.frame.mxcsr);
+        for (to, from) in ymm.iter_mut().zip(&self.frame.vector) {
+            to.copy_from_slice(&from[..4]);
+        }
+    }
+
     /// XMM register `n` as bytes.
     pub(super) fn xmm(&self, n: usize) -> [u8; 16] {
         join(&self.frame.vector[n & 15][..2])
@@ -226,15 +244,16 @@ impl Fpu {
     /// Loads the whole state from a standard-format XSAVE area.
     pub(crate) fn load_area(&mut self, area: &[u8]) -> Result<(), StateError> {
         let word =
-            |at: usize| area.get(at..at + 8).map(|b| b.iter().rev().fold(0, |v, &b| v << 8 | u64::from(b)));
-        let (Some(present), Some(compacted)) = (word(LEGACY), word(LEGACY + 8)) else {
+            |at: usize| area[at..at + 8].iter().rev().fold(0, |v, &b| v << 8 | u64::from(b));
+        if area.len() < EXTENDED {
             let value = area.len() as u64;
             return Err(StateError::Value {
                 field: "fpu.xsave length",
                 value,
                 why: "an XSAVE area has 576 bytes at least",
             });
-        };
+        }
+        let (present, compacted) = (word(LEGACY), word(LEGACY + 8));
         if present & !component::ALL != 0 {
             return Err(StateError::Value {
                 field: "fpu.xsave XSTATE_BV",
@@ -296,6 +315,11 @@ impl Fpu {
         self.frame.x87[..fx::MXCSR].copy_from_slice(&area[..fx::MXCSR]);
         self.frame.x87[fx::FTW + 1] = 0;
         (self.fcs, self.fds) = (0, 0);
+        if wide {
+            // FIP has as many bits as addresses have; FDP has all that were written.
+            let canonical = (self.pointer(fx::FIP) << 16) as i64 >> 16;
+            self.set_pointer(fx::FIP, canonical as u64);
+        }
         if !wide {
             if self.selectors {
                 self.fcs = u16::from_le_bytes([area[fx::FCS], area[fx::FCS + 1]]);

@@ -100,6 +100,16 @@ fn ask_host(feature: CpuidFeature) -> bool {
     bit(CpuidLeaf { eax: r.eax, ebx: r.ebx, ecx: r.ecx, edx: r.edx }, register, at)
 }
 
+/// Whether a feature's instructions are of those that run on the host's own units.
+pub(crate) fn runs_natively(feature: CpuidFeature) -> bool {
+    announced_by(feature).is_some()
+}
+
+/// Whether an instruction of that kind would run here.
+pub(crate) fn runs_here(insn: &Instruction) -> bool {
+    insn.cpuid_features().iter().all(|&f| announced_by(f).is_none() || on_host(f))
+}
+
 /// Whether the VM's CPUID shows `feature` and the host has it.
 pub(super) fn feature(feature: CpuidFeature, cpuid: &CpuidTable) -> bool {
     let Some((function, index, register, at)) = announced_by(feature) else { return false };
@@ -147,7 +157,7 @@ impl Unit {
     pub(super) const GENERAL_VEX: u8 = Self::GeneralVex as u8;
     pub(super) const SSE: u8 = Self::Sse as u8;
     pub(super) const AVX: u8 = Self::Avx as u8;
-    pub(super) const X87: u8 = Self::X87 as u8;
+    pub(super) const FLOAT: u8 = Self::X87 as u8;
     pub(super) const MMX: u8 = Self::Mmx as u8;
     pub(super) const MMX_SSE: u8 = Self::MmxSse as u8;
 }
@@ -161,7 +171,7 @@ impl Cpu {
             Unit::GENERAL_VEX => self.vex_mode(),
             Unit::SSE => self.sse(),
             Unit::AVX => self.avx(),
-            Unit::X87 => self.x87(),
+            Unit::FLOAT => self.x87(),
             Unit::MMX => self.mmx(),
             _ => self.sse(),
         }

@@ -6,7 +6,7 @@ use skep_hv::cpuid::CpuidTable;
 
 use super::gate;
 use super::plain::vector_number;
-use crate::cpu::Cpu;
+use crate::cpu::{CodeSize, Cpu};
 use crate::fault::Exec;
 use crate::mmu::Access;
 use crate::op::{Handler, Op};
@@ -24,16 +24,18 @@ struct Plan {
     count: u8,
     /// Bytes of an index.
     index_size: u8,
+    /// Elements of the mask register.
+    mask_count: u8,
 }
 
 impl Plan {
     fn pack(self) -> u64 {
-        u64::from_le_bytes([self.data, self.mask, self.index, self.count, self.index_size, 0, 0, 0])
+        u64::from_le_bytes([self.data, self.mask, self.index, self.count, self.index_size, self.mask_count, 0, 0])
     }
 
     fn of(op: &Op) -> Self {
-        let [data, mask, index, count, index_size, ..] = op.imm.to_le_bytes();
-        Self { data: data & 15, mask: mask & 15, index: index & 15, count: count.min(16), index_size }
+        let [data, mask, index, count, index_size, mask_count, ..] = op.imm.to_le_bytes();
+        Self { data: data & 15, mask: mask & 15, index: index & 15, count: count.min(8), index_size, mask_count: mask_count.min(8) }
     }
 }
 
@@ -62,6 +64,7 @@ pub(super) fn select(insn: &Instruction, op: &mut Op, cpuid: &CpuidTable) -> Opt
         index: 0,
         count,
         index_size: 0,
+        mask_count: count,
     };
     op.imm = plan.pack();
     Some(match (loads, size) {
@@ -85,11 +88,15 @@ fn gather(insn: &Instruction, op: &mut Op, size: usize) -> Option<Handler> {
         index: vector_number(index)?,
         count: (data.size() / size).min(index.size() / index_size) as u8,
         index_size: index_size as u8,
+        mask_count: (data.size().max(index.size()) / size) as u8,
     };
     if plan.data == plan.mask || plan.data == plan.index || plan.mask == plan.index {
         return None;
     }
     op.imm = plan.pack();
+    if insn.memory_base() == Register::None && insn.memory_displ_size() == 4 {
+        op.attr |= Op::A32;
+    }
     op.scale = insn.memory_index_scale().trailing_zeros() as u8;
     Some(if size == 4 { gather_elements::<4> } else { gather_elements::<8> })
 }
@@ -116,9 +123,42 @@ impl Cpu {
         self.element::<SIZE>(mask, i) >> (8 * SIZE - 1) & 1 != 0
     }
 
-    fn read_element<const SIZE: usize>(&mut self, op: &Op, offset: u64) -> Exec<u64> {
-        let linear = self.seg_linear(op.seg as usize, offset & op.amask(), SIZE as u64, Access::Read)?;
-        if SIZE == 8 { self.read::<u64>(linear) } else { self.read::<u32>(linear).map(u64::from) }
+    /// Before any element of a masked move is translated: whether the addresses of all that are wanted are canonical.
+    fn check_span<const SIZE: usize>(&mut self, op: &Op, plan: Plan, offset: u64, access: Access) -> Exec {
+        if self.mode.code != CodeSize::Bits64 {
+            return Ok(());
+        }
+        let first = self.seg_linear(op.seg as usize, offset, 1, access)?;
+        for i in (0..plan.count as usize).filter(|&i| self.selected::<SIZE>(plan.mask, i)).collect::<Vec<_>>() {
+            let last = first.wrapping_add((i * SIZE + SIZE - 1) as u64);
+            if !self.canonical(last) {
+                return self.probe(last, 1, access);
+            }
+        }
+        Ok(())
+    }
+
+    /// Linear address of element `i` of an operand at `offset`. The address size cuts the operand's address, not the
+    /// elements'.
+    fn span_element<const SIZE: usize>(&mut self, op: &Op, offset: u64, i: usize, access: Access) -> Exec<u64> {
+        let at = (i * SIZE) as u64;
+        if self.mode.code == CodeSize::Bits64 {
+            return Ok(self.seg_linear(op.seg as usize, offset, SIZE as u64, access)?.wrapping_add(at));
+        }
+        self.seg_linear(op.seg as usize, offset.wrapping_add(at), SIZE as u64, access)
+    }
+
+    fn read_element<const SIZE: usize>(&mut self, linear: u64) -> Exec<u64> {
+        // Alignment is not checked.
+        let mut bytes = [0; SIZE];
+        match self.tlb.read(linear, SIZE as u64) {
+            Some(_) if SIZE == 8 => self.read::<u64>(linear),
+            Some(_) => self.read::<u32>(linear).map(u64::from),
+            None => {
+                self.read_bytes(linear, &mut bytes)?;
+                Ok(bytes.iter().rev().fold(0, |v, &b| v << 8 | u64::from(b)))
+            }
+        }
     }
 }
 
@@ -126,10 +166,12 @@ fn load_masked<const SIZE: usize>(cpu: &mut Cpu, op: &Op) -> Exec {
     cpu.avx()?;
     let plan = Plan::of(op);
     let offset = cpu.offset(op);
+    cpu.check_span::<SIZE>(op, plan, offset, Access::Read)?;
     let mut value = [0u64; 4];
     for i in 0..plan.count as usize {
         if cpu.selected::<SIZE>(plan.mask, i) {
-            let element = cpu.read_element::<SIZE>(op, offset.wrapping_add((i * SIZE) as u64))?;
+            let linear = cpu.span_element::<SIZE>(op, offset, i, Access::Read)?;
+            let element = cpu.read_element::<SIZE>(linear)?;
             let at = i * SIZE;
             value[at / 8 & 3] |= element << (8 * (at % 8));
         }
@@ -143,10 +185,10 @@ fn store_masked<const SIZE: usize>(cpu: &mut Cpu, op: &Op) -> Exec {
     let plan = Plan::of(op);
     let offset = cpu.offset(op);
     let mut addresses = [None; 8];
+    cpu.check_span::<SIZE>(op, plan, offset, Access::Write)?;
     for (i, address) in addresses.iter_mut().enumerate().take(plan.count as usize) {
         if cpu.selected::<SIZE>(plan.mask, i) {
-            let at = offset.wrapping_add((i * SIZE) as u64) & op.amask();
-            let linear = cpu.seg_linear(op.seg as usize, at, SIZE as u64, Access::Write)?;
+            let linear = cpu.span_element::<SIZE>(op, offset, i, Access::Write)?;
             cpu.probe_store(linear, SIZE as u64)?;
             *address = Some(linear);
         }
@@ -154,7 +196,12 @@ fn store_masked<const SIZE: usize>(cpu: &mut Cpu, op: &Op) -> Exec {
     for (i, address) in addresses.iter().enumerate() {
         if let Some(linear) = *address {
             let value = cpu.element::<SIZE>(plan.data, i);
-            if SIZE == 8 { cpu.write(linear, value)? } else { cpu.write(linear, value as u32)? }
+            // Alignment is not checked.
+            match cpu.tlb.write(linear, SIZE as u64) {
+                Some(_) if SIZE == 8 => cpu.write(linear, value)?,
+                Some(_) => cpu.write(linear, value as u32)?,
+                None => cpu.write_bytes(linear, &value.to_le_bytes()[..SIZE])?,
+            }
         }
     }
     Ok(())
@@ -164,14 +211,27 @@ fn gather_elements<const SIZE: usize>(cpu: &mut Cpu, op: &Op) -> Exec {
     cpu.avx()?;
     let plan = Plan::of(op);
     let base = cpu.offset(op);
+    // Before anything else the mask becomes all ones or all zeros in each element; a fault lets one see.
+    for i in 0..plan.mask_count as usize {
+        let ones = if cpu.selected::<SIZE>(plan.mask, i) { u64::MAX } else { 0 };
+        cpu.set_element::<SIZE>(plan.mask, i, ones);
+    }
+    for i in plan.mask_count as usize..32 / SIZE {
+        cpu.set_element::<SIZE>(plan.mask, i, 0);
+    }
     for i in 0..plan.count as usize {
         if cpu.selected::<SIZE>(plan.mask, i) {
             let index = match plan.index_size {
                 8 => cpu.element::<8>(plan.index, i),
                 _ => cpu.element::<4>(plan.index, i) as u32 as i32 as u64,
             };
-            let value = cpu.read_element::<SIZE>(op, base.wrapping_add(index << op.scale))?;
+            let at = base.wrapping_add(index << op.scale) & op.amask();
+            let linear = cpu.seg_linear(op.seg as usize, at, SIZE as u64, Access::Read)?;
+            let value = cpu.read_element::<SIZE>(linear)?;
             cpu.set_element::<SIZE>(plan.data, i, value);
+            for i in plan.mask_count as usize..32 / SIZE {
+                cpu.set_element::<SIZE>(plan.data, i, 0);
+            }
         }
         cpu.set_element::<SIZE>(plan.mask, i, 0);
     }
@@ -211,17 +271,19 @@ fn maskmovq(cpu: &mut Cpu, op: &Op) -> Exec {
     cpu.mmx()?;
     cpu.x87_pending()?;
     let (data, mask) = (cpu.fpu.mmx(op.dst as usize), cpu.fpu.mmx(op.src as usize));
-    store_bytes(cpu, op, &data, &mask)?;
+    // The transition to MMX takes place even if the store faults.
     cpu.fpu.enter_mmx();
-    Ok(())
+    store_bytes(cpu, op, &data, &mask)
 }
 
 fn store_bytes(cpu: &mut Cpu, op: &Op, data: &[u8], mask: &[u8]) -> Exec {
     let offset = cpu.offset(op);
     let linear = cpu.seg_linear(op.seg as usize, offset, data.len() as u64, Access::Write)?;
     let chosen = |i: &usize| mask[*i] & 0x80 != 0;
-    for i in (0..data.len()).filter(chosen) {
-        cpu.probe_store(linear.wrapping_add(i as u64), 1)?;
+    // What the mask leaves out may fault here, and does, the upper half first.
+    for at in (0..data.len()).step_by(8).rev().map(|at| at as u64) {
+        cpu.check_alignment(linear.wrapping_add(at), 8)?;
+        cpu.probe_store(linear.wrapping_add(at), 8)?;
     }
     for i in (0..data.len()).filter(chosen) {
         cpu.write(linear.wrapping_add(i as u64), data[i])?;

@@ -23,6 +23,7 @@ use iced_x86::Instruction;
 use skep_hv::cpuid::CpuidTable;
 
 pub(crate) use fpu::Fpu;
+pub(crate) use gate::{runs_here, runs_natively};
 pub(crate) use thunk::Thunks;
 
 use crate::cpu::CodeSize;

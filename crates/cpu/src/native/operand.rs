@@ -5,7 +5,7 @@ use std::arch::asm;
 
 use crate::cpu::Cpu;
 use crate::fault::Exec;
-use crate::mmu::{Access, Context};
+use crate::mmu::Access;
 
 /// Copies `size` bytes; 4, 8 and 16 whole, as guests may race on them.
 ///
@@ -64,10 +64,41 @@ impl Cpu {
             2 => part.copy_from_slice(&self.read::<u16>(linear)?.to_le_bytes()),
             4 => part.copy_from_slice(&self.read::<u32>(linear)?.to_le_bytes()),
             8 => part.copy_from_slice(&self.read::<u64>(linear)?.to_le_bytes()),
+            10 => {
+                self.check_pieces(linear, 10, 8, Access::Read)?;
+                self.read_bytes(linear, part)?;
+            }
             _ => self.read_bytes(linear, part)?,
         }
         let size = part.len();
         self.fpu.frame.operand[..size].copy_from_slice(&bytes[..size]);
+        Ok(())
+    }
+
+    /// As [`Cpu::load_operand`], without alignment checks.
+    pub(super) fn load_unchecked(&mut self, linear: u64, size: u64) -> Exec {
+        let mut bytes = [0; 64];
+        let part = &mut bytes[..(size as usize).min(64)];
+        self.read_bytes(linear, part)?;
+        self.fpu.frame.operand[..part.len()].copy_from_slice(part);
+        Ok(())
+    }
+
+    /// As [`Cpu::store_operand`], without alignment checks.
+    pub(super) fn store_unchecked(&mut self, linear: u64, size: u64) -> Exec {
+        let bytes = self.fpu.frame.operand;
+        self.write_bytes(linear, &bytes[..(size as usize).min(64)])
+    }
+
+    /// Raises what an access of `len` bytes in pieces of `step` (a power of two) raises. x87's large operands move so:
+    /// each piece is aligned and translated by itself.
+    pub(super) fn check_pieces(&mut self, linear: u64, len: usize, step: usize, access: Access) -> Exec {
+        for at in (0..len).step_by(step) {
+            let here = linear.wrapping_add(at as u64);
+            let size = step.min(len - at) as u64;
+            self.check_alignment(here, size.next_power_of_two())?;
+            self.probe(here, size, access)?;
+        }
         Ok(())
     }
 
@@ -95,6 +126,10 @@ impl Cpu {
             2 => self.write::<u16>(linear, word(2) as u16),
             4 => self.write::<u32>(linear, word(4) as u32),
             8 => self.write::<u64>(linear, word(8)),
+            10 => {
+                self.check_pieces(linear, 10, 8, Access::Write)?;
+                self.write_bytes(linear, part)
+            }
             _ => self.write_bytes(linear, part),
         }
     }
@@ -135,10 +170,5 @@ impl Cpu {
             *word = from.iter().rev().fold(0, |v, &b| v << 8 | u64::from(b));
         }
         Ok(())
-    }
-
-    /// Whether accesses take the slow path for the sake of alignment checks or data breakpoints.
-    pub(super) fn watched(&self) -> bool {
-        self.tlb.context() == Context::Slow
     }
 }

@@ -21,6 +21,8 @@ pub(super) struct Plan(pub(super) u64);
 impl Plan {
     const ALIGNED: u64 = 1 << 40;
     const ARITHMETIC: u64 = 1 << 41;
+    /// Alignment is never checked.
+    const UNCHECKED: u64 = 1 << 44;
     /// x87: does not wait for pending exceptions.
     const NO_WAIT: u64 = 1 << 42;
     /// x87: stores whatever exceptions are pending.
@@ -47,6 +49,12 @@ impl Plan {
     #[inline(always)]
     pub(super) fn aligned(self) -> bool {
         self.0 & Self::ALIGNED != 0
+    }
+
+    /// Alignment is never checked, not even where RFLAGS.AC asks for it.
+    #[inline(always)]
+    pub(super) fn unchecked(self) -> bool {
+        self.0 & Self::UNCHECKED != 0
     }
 
     /// May raise SIMD floating-point exceptions.
@@ -129,6 +137,9 @@ fn thunk(
     if uses_mxcsr(insn.mnemonic()) {
         plan.0 |= Plan::ARITHMETIC;
     }
+    if matches!(insn.mnemonic(), Mnemonic::Vcvtph2ps | Mnemonic::Vcvtps2ph) {
+        plan.0 |= Plan::UNCHECKED;
+    }
     if x87::no_wait(insn.mnemonic()) {
         plan.0 |= Plan::NO_WAIT;
     }
@@ -153,7 +164,7 @@ fn handler(unit: Unit, access: u8) -> Handler {
         (Unit::Avx, NO_MEMORY) => registers::<{ Unit::AVX }>,
         (Unit::Avx, READ) => load::<{ Unit::AVX }>,
         (Unit::Avx, _) => store::<{ Unit::AVX }>,
-        (Unit::X87, access) => x87::handler::<{ Unit::X87 }>(access),
+        (Unit::X87, access) => x87::handler::<{ Unit::FLOAT }>(access),
         (Unit::Mmx, access) => x87::handler::<{ Unit::MMX }>(access),
         (Unit::MmxSse, access) => x87::handler::<{ Unit::MMX_SSE }>(access),
     }
@@ -238,7 +249,6 @@ pub(super) fn must_be_aligned(insn: &Instruction) -> bool {
                 | M::Pcmpestri64
                 | M::Pcmpestrm64
         )
-        && (0..insn.op_count()).any(|i| insn.op_kind(i) == OpKind::Register && insn.op_register(i).is_xmm())
 }
 
 impl Cpu {
@@ -345,7 +355,11 @@ fn load<const UNIT: u8>(cpu: &mut Cpu, op: &Op) -> Exec {
     cpu.unit::<UNIT>()?;
     let plan = Plan(op.imm);
     let linear = cpu.operand(op, plan.size(), plan.aligned(), Access::Read)?;
-    cpu.load_operand(linear, plan.size())?;
+    if plan.unchecked() {
+        cpu.load_unchecked(linear, plan.size())?;
+    } else {
+        cpu.load_operand(linear, plan.size())?;
+    }
     cpu.run_thunk(plan)
 }
 
@@ -354,11 +368,9 @@ fn store<const UNIT: u8>(cpu: &mut Cpu, op: &Op) -> Exec {
     cpu.unit::<UNIT>()?;
     let plan = Plan(op.imm);
     let linear = cpu.operand(op, plan.size(), plan.aligned(), Access::Write)?;
-    if plan.arithmetic() {
-        cpu.probe_store(linear, plan.size())?;
-    }
+    // Exceptions of the computation come before those of the store, and its flags stay even if the store faults.
     cpu.run_thunk(plan)?;
-    cpu.store_operand(linear, plan.size())
+    if plan.unchecked() { cpu.store_unchecked(linear, plan.size()) } else { cpu.store_operand(linear, plan.size()) }
 }
 
 /// Number of an XMM or YMM register.

@@ -5,7 +5,7 @@ use iced_x86::{Instruction, Mnemonic};
 use skep_hv::cpuid::CpuidTable;
 
 use super::fpu::{FSW_ES, Fpu, fx};
-use super::gate;
+use super::gate::{self, Unit};
 use super::plain::{NO_MEMORY, Plan, READ};
 use crate::cpu::{CodeSize, Cpu, cr0, seg};
 use crate::fault::{Exec, vector};
@@ -68,6 +68,10 @@ impl Cpu {
             self.fpu.set_word(fx::FOP, NO_OPCODE);
         }
         let result = self.run_thunk(plan);
+        if result.is_err() {
+            // A SIMD exception keeps the result back, but not the transition to MMX.
+            self.fpu.enter_mmx();
+        }
         if self.fpu.pointer(fx::FIP) == self.thunks.address(plan.thunk()) + plan.instruction() {
             let at = self.instruction_pointer(op);
             let code = self.segs[seg::CS].selector;
@@ -89,6 +93,25 @@ impl Cpu {
     }
 }
 
+/// What an x87 instruction may change, kept while it may yet fault.
+struct Saved {
+    image: [u8; fx::XMM],
+    selectors: [u16; 2],
+}
+
+impl Saved {
+    fn of(fpu: &Fpu) -> Self {
+        let mut image = [0; fx::XMM];
+        image.copy_from_slice(&fpu.frame.x87[..fx::XMM]);
+        Self { image, selectors: [fpu.fcs, fpu.fds] }
+    }
+
+    fn restore(&self, fpu: &mut Fpu) {
+        fpu.frame.x87[..fx::XMM].copy_from_slice(&self.image);
+        [fpu.fcs, fpu.fds] = self.selectors;
+    }
+}
+
 fn registers<const UNIT: u8>(cpu: &mut Cpu, op: &Op) -> Exec {
     let plan = Plan(op.imm);
     cpu.enter_x87::<UNIT>(plan)?;
@@ -107,14 +130,30 @@ fn store<const UNIT: u8>(cpu: &mut Cpu, op: &Op) -> Exec {
     let plan = Plan(op.imm);
     cpu.enter_x87::<UNIT>(plan)?;
     let linear = cpu.operand(op, plan.size(), plan.aligned(), Access::Write)?;
-    cpu.probe_store(linear, plan.size())?;
+    let before = Saved::of(&cpu.fpu);
     cpu.run_x87(op, plan, true)?;
     // An unmasked exception other than precision keeps a result from being stored.
     let fpu = &cpu.fpu;
     if !plan.stores_always() && fpu.word(fx::FSW) & !fpu.word(fx::FCW) & 0x1f != 0 {
         return Ok(());
     }
-    cpu.store_operand(linear, plan.size())
+    let stored = if plan.size() == 10 {
+        // Two stores, of which the first may be done when the second faults.
+        cpu.store_operand(linear, 8).and_then(|()| {
+            let [low, high] = [cpu.fpu.frame.operand[8], cpu.fpu.frame.operand[9]];
+            cpu.write(linear.wrapping_add(8), u16::from_le_bytes([low, high]))
+        })
+    } else {
+        cpu.store_operand(linear, plan.size())
+    };
+    if stored.is_err() {
+        before.restore(&mut cpu.fpu);
+        if UNIT != Unit::FLOAT {
+            // Half of the transition to MMX is made all the same.
+            cpu.fpu.clear_top();
+        }
+    }
+    stored
 }
 
 /// Handlers for FWAIT and for what moves the environment.
@@ -156,6 +195,11 @@ impl Format {
         Self { wide: op.imm == 0, protected: cpu.mode.protected && !cpu.mode.v86 }
     }
 
+    /// Bytes of a field.
+    fn width(self) -> usize {
+        if self.wide { 4 } else { 2 }
+    }
+
     fn environment(self) -> usize {
         if self.wide { 28 } else { 14 }
     }
@@ -192,9 +236,14 @@ impl Fpu {
 
     /// What every MMX instruction but EMMS does: TOP becomes 0, all registers valid.
     pub(super) fn enter_mmx(&mut self) {
+        self.clear_top();
+        self.frame.x87[fx::FTW] = 0xff;
+    }
+
+    /// Sets TOP to 0; the registers stay where they are.
+    fn clear_top(&mut self) {
         let fsw = self.word(fx::FSW);
         self.set_status(fsw & !0x3800);
-        self.frame.x87[fx::FTW] = 0xff;
     }
 
     /// MMX register `n`.
@@ -245,14 +294,14 @@ impl Fpu {
             (false, false) => [ip, (ip >> 16 & 0xf) << 12 | fop, dp, (dp >> 16 & 0xf) << 12],
         };
         let fields = control.iter().map(|&v| v | ones).chain(pointers);
-        let width = if format.wide { 4 } else { 2 };
+        let width = format.width();
         for (to, value) in into.chunks_exact_mut(width).zip(fields) {
             to.copy_from_slice(&value.to_le_bytes()[..width]);
         }
     }
 
     fn get_environment(&mut self, format: Format, from: &[u8]) {
-        let width = if format.wide { 4 } else { 2 };
+        let width = format.width();
         let field =
             |i: usize| from[i * width..][..width].iter().rev().fold(0u64, |v, &b| v << 8 | u64::from(b));
         self.set_word(fx::FCW, field(0) as u16 & 0x1f7f | 0x40);
@@ -289,6 +338,7 @@ fn fnstenv(cpu: &mut Cpu, op: &Op) -> Exec {
     let bytes = &mut bytes[..format.environment()];
     cpu.fpu.put_environment(format, bytes);
     let linear = cpu.linear(op, bytes.len() as u64, Access::Write)?;
+    cpu.check_pieces(linear, bytes.len(), format.width(), Access::Write)?;
     cpu.write_bytes(linear, bytes)?;
     let fcw = cpu.fpu.word(fx::FCW);
     cpu.fpu.set_word(fx::FCW, fcw | 0x3f);
@@ -303,6 +353,7 @@ fn fldenv(cpu: &mut Cpu, op: &Op) -> Exec {
     let mut bytes = [0; 28];
     let bytes = &mut bytes[..format.environment()];
     let linear = cpu.linear(op, bytes.len() as u64, Access::Read)?;
+    cpu.check_pieces(linear, bytes.len(), format.width(), Access::Read)?;
     cpu.read_bytes(linear, bytes)?;
     cpu.fpu.get_environment(format, bytes);
     Ok(())
@@ -319,6 +370,7 @@ fn fnsave(cpu: &mut Cpu, op: &Op) -> Exec {
         bytes[at + 10 * i..][..10].copy_from_slice(&cpu.fpu.st(i));
     }
     let linear = cpu.linear(op, bytes.len() as u64, Access::Write)?;
+    cpu.check_pieces(linear, bytes.len(), format.width(), Access::Write)?;
     cpu.write_bytes(linear, bytes)?;
     // As FNINIT: registers keep their contents.
     cpu.fpu.set_word(fx::FCW, 0x37f);
@@ -339,6 +391,7 @@ fn frstor(cpu: &mut Cpu, op: &Op) -> Exec {
     let mut bytes = [0; 28 + REGISTERS];
     let bytes = &mut bytes[..at + REGISTERS];
     let linear = cpu.linear(op, bytes.len() as u64, Access::Read)?;
+    cpu.check_pieces(linear, bytes.len(), format.width(), Access::Read)?;
     cpu.read_bytes(linear, bytes)?;
     cpu.fpu.get_environment(format, &bytes[..at]);
     for i in 0..8 {

@@ -9,15 +9,13 @@ use super::fpu::{
 };
 use super::gate;
 use crate::cpu::{CodeSize, Cpu};
-use crate::fault::Exec;
+use crate::fault::{Abort, Exec, Raised};
 use crate::mmu::Access;
 use crate::op::{Handler, Op};
 use crate::regs::at;
 
 /// XCOMP_BV: the compacted format.
 const COMPACTED: u64 = 1 << 63;
-/// Where FXSAVE stops writing: the rest of its image belongs to software.
-const FXSAVE_END: usize = 464;
 
 /// Handlers for FXSAVE, FXRSTOR, XSAVE, XSAVEOPT, XSAVEC and XRSTOR. [`Op::imm`] is 1 for the forms with REX.W.
 pub(super) fn select(insn: &Instruction, op: &mut Op, cpuid: &CpuidTable) -> Option<Handler> {
@@ -66,7 +64,15 @@ impl Cpu {
 
     fn area_address(&mut self, op: &Op, size: usize, align: u64, access: Access) -> Exec<u64> {
         let linear = self.linear(op, size as u64, access)?;
-        if linear.is_multiple_of(align) { Ok(linear) } else { Err(self.gp(0)) }
+        self.check_alignment(linear, 4)?;
+        if linear.is_multiple_of(align) {
+            Ok(linear)
+        } else if self.canonical(linear) {
+            Err(self.gp(0))
+        } else {
+            self.raised = Raised::NonCanonical;
+            Err(Abort)
+        }
     }
 
     /// Writes pieces of `area`, all or nothing.
@@ -91,9 +97,10 @@ fn fxsave(cpu: &mut Cpu, op: &Op) -> Exec {
     put_image_mxcsr(&mut area, cpu.fpu.frame.mxcsr);
     cpu.fpu.put_xmm(&mut area, count);
     let end = fx::XMM + 16 * count;
-    let reserved = if count == 16 { FXSAVE_END - end } else { 0 };
+    // Processors look at the end first.
+    cpu.probe(linear.wrapping_add(LEGACY as u64 - 1), 1, Access::Write)?;
     cpu.probe(linear, LEGACY as u64, Access::Write)?;
-    cpu.write_pieces(linear, &area, &[(0, end + reserved)])
+    cpu.write_pieces(linear, &area, &[(0, end)])
 }
 
 fn fxrstor(cpu: &mut Cpu, op: &Op) -> Exec {

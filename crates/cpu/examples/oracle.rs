@@ -1,0 +1,82 @@
+//! Compares the interpreter with the processor it runs on, for as long as one likes. See `docs/oracle.md`.
+
+use std::io::{IsTerminal, Write};
+use std::process::ExitCode;
+use std::time::Instant;
+
+use skep_cpu::oracle::Oracle;
+use skep_cpu::oracle::generate::Generator;
+
+const HELP: &str = "oracle [--seed N] [--cases N] [--only NAME] [--keep-going N]
+  --seed N        which cases (default 1)
+  --cases N       how many (default 1000000)
+  --only NAME     only instruction codes whose name contains NAME (such as `pshufb` or `VEX_`)
+  --keep-going N  stop after N differences (default 1)";
+
+struct Options {
+    seed: u64,
+    cases: u64,
+    only: Option<String>,
+    keep_going: u64,
+}
+
+fn options() -> Result<Options, String> {
+    let mut options = Options { seed: 1, cases: 1_000_000, only: None, keep_going: 1 };
+    let mut arguments = std::env::args().skip(1);
+    while let Some(name) = arguments.next() {
+        let value = arguments.next().ok_or_else(|| format!("{name} wants a value"))?;
+        let number = || value.parse::<u64>().map_err(|e| format!("{name} {value}: {e}"));
+        match name.as_str() {
+            "--seed" => options.seed = number()?,
+            "--cases" => options.cases = number()?,
+            "--keep-going" => options.keep_going = number()?,
+            "--only" => options.only = Some(value),
+            _ => return Err(format!("{name} is not an option")),
+        }
+    }
+    Ok(options)
+}
+
+fn main() -> ExitCode {
+    let options = match options() {
+        Ok(options) => options,
+        Err(error) => {
+            eprintln!("{error}\n{HELP}");
+            return ExitCode::from(4);
+        }
+    };
+    match run(&options) {
+        Ok(0) => ExitCode::SUCCESS,
+        Ok(_) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("{error}");
+            ExitCode::from(4)
+        }
+    }
+}
+
+fn run(options: &Options) -> Result<u64, skep_cpu::oracle::OracleError> {
+    let mut oracle = Oracle::new()?;
+    let mut generator = Generator::new(options.seed, options.only.as_deref());
+    eprintln!("seed {}, {} cases from {} instruction codes", options.seed, options.cases, generator.codes());
+    let started = Instant::now();
+    let terminal = std::io::stderr().is_terminal();
+    let mut shown = Instant::now();
+    let mut found = 0;
+    let rate = |done: u64| done as f64 / started.elapsed().as_secs_f64().max(1e-6);
+    let progress = |done: u64| {
+        if shown.elapsed().as_secs() >= if terminal { 1 } else { 10 } {
+            shown = Instant::now();
+            let end = if terminal { "\r" } else { "\n" };
+            eprint!("{done} of {} cases, {:.0}/s{end}", options.cases, rate(done));
+            let _ = std::io::stderr().flush();
+        }
+    };
+    let done = oracle.run_many(&mut generator, options.cases, progress, |finding| {
+        found += 1;
+        println!("difference {found}: {}", finding.describe());
+        found < options.keep_going
+    })?;
+    println!("{done} cases, {found} differences, {:.0} cases/s", rate(done));
+    Ok(found)
+}

@@ -1,0 +1,196 @@
+//! The interpreter as the oracle drives it: one processor in 64-bit user mode, its page tables mapping the same pages at
+//! the same addresses as the child process of [`super::hardware`].
+
+use std::sync::Arc;
+
+use skep_hv::VmOptions;
+use skep_hv::cpuid::CpuidTable;
+use skep_hv::state::Segment;
+use skep_memory::{GuestMemory, MemoryError, RegionKind, RegionSpec};
+
+use super::case::{CODE, Case, Event, FS_BASE, GS_BASE, Outcome, WINDOW, WINDOW_SIZE, WRITABLE, pattern};
+use crate::cpu::{Cpu, cr0, cr4, efer, seg};
+use crate::run::Step;
+use crate::system::Tsc;
+use crate::vm::{Mailbox, Shared};
+
+const PAGE: u64 = 4096;
+/// Guest physical addresses.
+const TABLES: u64 = 0x1000;
+const CODE_AT: u64 = 0x10000;
+const WINDOW_AT: u64 = 0x20000;
+const TASK_AT: u64 = 0x30000;
+/// Linear address of the task state segment, which only the supervisor may read.
+const TASK: u64 = 0xffff_8000_0000_0000;
+const MEMORY: u64 = 1 << 20;
+
+/// Selectors as Linux has them.
+const CODE_SELECTOR: u16 = 0x33;
+const STACK_SELECTOR: u16 = 0x2b;
+
+/// The interpreter under test.
+pub struct Subject {
+    cpu: Box<Cpu>,
+    pattern: Vec<u64>,
+    window: Vec<u64>,
+}
+
+/// The interpreter could not be set up, or gave up.
+#[derive(Debug, thiserror::Error)]
+pub enum SubjectError {
+    /// Guest memory.
+    #[error("guest memory: {0}")]
+    Memory(#[from] MemoryError),
+    /// The processor.
+    #[error("processor: {0}")]
+    Processor(#[from] skep_hv::HvError),
+    /// It stopped without an exception.
+    #[error("the interpreter stopped: {0}")]
+    Stopped(String),
+}
+
+/// The host's CPUID without what needs state that the interpreter does not have (AVX-512 and beyond).
+pub(super) fn cpuid() -> CpuidTable {
+    skep_hv::cpuid::host()
+}
+
+impl Subject {
+    /// Sets it up.
+    pub fn new() -> Result<Self, SubjectError> {
+        let ram = RegionSpec { start: 0, size: MEMORY, kind: RegionKind::Ram };
+        let memory = GuestMemory::new(&[ram])?;
+        let options = VmOptions { vcpus: 1, cpuid: cpuid(), tsc_hz: Some(1_000_000_000) };
+        let shared = Shared::new(options);
+        let tsc = Tsc::new(shared.tsc_hz);
+        let mut cpu = Cpu::new(0, memory, shared, Arc::new(Mailbox::new()), tsc)?;
+        map_pages(&cpu.memory)?;
+        user_mode(&mut cpu);
+        let pattern = pattern();
+        let subject = Self { cpu, window: vec![0; pattern.len()], pattern };
+        subject.restore_window()?;
+        Ok(subject)
+    }
+
+    fn restore_window(&self) -> Result<(), MemoryError> {
+        let bytes: Vec<u8> = self.pattern.iter().flat_map(|w| w.to_le_bytes()).collect();
+        self.cpu.memory.write(WINDOW_AT, &bytes)
+    }
+
+    /// Runs a case.
+    pub fn run(&mut self, case: &Case, outcome: &mut Outcome) -> Result<(), SubjectError> {
+        let offset = case.state.rip.wrapping_sub(CODE);
+        let code_len = (case.bytes().len() as u64).min(PAGE.saturating_sub(offset));
+        self.cpu.memory.write(CODE_AT + offset, &case.bytes()[..code_len as usize])?;
+        for patch in &case.patches {
+            let range = patch.range();
+            self.cpu.memory.write(WINDOW_AT + range.start as u64, &patch.bytes[..range.len()])?;
+        }
+        self.load(case);
+        // A string instruction may pause, to be interruptible, with RIP where it was.
+        let mut paused = false;
+        outcome.event = loop {
+            match self.cpu.step() {
+                Step::Done if self.cpu.rip == case.state.rip && !case.steps => paused = true,
+                Step::Done => break Event::NONE,
+                Step::Raised(e) => {
+                    // Pauses are as interrupts, which show the flags so far; the exception alone would not.
+                    self.cpu.status = crate::alu::rflags_to_status(if paused { case.state.rflags } else { self.cpu.rflags() });
+                    let cr2 = if e.vector == 14 { self.cpu.cr2 } else { 0 };
+                    break Event { vector: e.vector.into(), error: e.error.unwrap_or(0), cr2 };
+                }
+                Step::Failed(why) => return Err(SubjectError::Stopped(why.into())),
+            }
+        };
+        self.store(outcome);
+        self.look_at_window(outcome)
+    }
+
+    fn load(&mut self, case: &Case) {
+        let cpu = &mut self.cpu;
+        for (i, &value) in case.state.gpr.iter().enumerate() {
+            cpu.regs.set_gpr(i, value);
+        }
+        cpu.rip = case.state.rip;
+        let checks = cpu.flag(crate::cpu::fl::AC);
+        cpu.set_rflags(case.state.rflags);
+        if checks != cpu.flag(crate::cpu::fl::AC) {
+            cpu.refresh_mode();
+        }
+        cpu.segs[seg::FS].base = FS_BASE;
+        cpu.segs[seg::GS].base = GS_BASE;
+        cpu.fpu.set_visible(&case.state.x87, &case.state.ymm);
+        // Nobody else wants attention.
+        cpu.look = false;
+    }
+
+    fn store(&self, outcome: &mut Outcome) {
+        let cpu = &self.cpu;
+        let state = &mut outcome.state;
+        for (i, value) in state.gpr.iter_mut().enumerate() {
+            *value = cpu.regs.gpr(i);
+        }
+        state.rip = cpu.rip;
+        state.rflags = cpu.rflags();
+        cpu.fpu.visible(&mut state.x87, &mut state.ymm);
+    }
+
+    fn look_at_window(&mut self, outcome: &mut Outcome) -> Result<(), SubjectError> {
+        let mut bytes = [0; WINDOW_SIZE];
+        self.cpu.memory.read(WINDOW_AT, &mut bytes)?;
+        for (word, from) in self.window.iter_mut().zip(bytes.chunks_exact(8)) {
+            *word = from.iter().rev().fold(0, |v, &b| v << 8 | u64::from(b));
+        }
+        outcome.record(&self.window, &self.pattern);
+        if outcome.changes().len() < outcome.changed as usize {
+            self.restore_window()?;
+        }
+        for &(at, _) in outcome.changes() {
+            let before = self.pattern[(at / 8) as usize];
+            self.cpu.memory.write(WINDOW_AT + at, &before.to_le_bytes())?;
+        }
+        Ok(())
+    }
+}
+
+fn map_pages(memory: &GuestMemory) -> Result<(), MemoryError> {
+    const USED: u64 = 0x67; // present, writable, user, accessed, dirty
+    const READ_ONLY: u64 = 0x25;
+    const SUPERVISOR: u64 = 0x63;
+    const NO_EXECUTE: u64 = 1 << 63;
+    let table = |n: u64| TABLES + n * PAGE;
+    let index = |address: u64, level: u64| address >> (12 + 9 * level) & 511;
+    memory.write_u64(table(0) + 8 * index(CODE, 3), table(1) | USED)?;
+    memory.write_u64(table(1) + 8 * index(CODE, 2), table(2) | USED)?;
+    memory.write_u64(table(2) + 8 * index(CODE, 1), table(3) | USED)?;
+    memory.write_u64(table(3) + 8 * index(CODE, 0), CODE_AT | READ_ONLY)?;
+    // A task state segment whose I/O permission map lies behind its end.
+    for level in 1..3 {
+        memory.write_u64(table(7 - level) + 8 * index(TASK, level), table(8 - level) | SUPERVISOR)?;
+    }
+    memory.write_u64(table(7) + 8 * index(TASK, 0), TASK_AT | SUPERVISOR)?;
+    memory.write_u64(table(0) + 8 * index(TASK, 3), table(5) | SUPERVISOR)?;
+    memory.write_u16(TASK_AT + 0x66, 0x68)?;
+    for page in 0..WINDOW_SIZE as u64 / PAGE {
+        let access = if page < WRITABLE as u64 / PAGE { USED } else { READ_ONLY };
+        let entry = (WINDOW_AT + page * PAGE) | access | NO_EXECUTE;
+        memory.write_u64(table(3) + 8 * index(WINDOW + page * PAGE, 0), entry)?;
+    }
+    Ok(())
+}
+
+fn user_mode(cpu: &mut Cpu) {
+    cpu.cr3 = TABLES;
+    cpu.cr4 = cr4::PAE | cr4::OSFXSR | cr4::OSXMMEXCPT | cr4::OSXSAVE | cr4::FSGSBASE;
+    cpu.efer = efer::LME | efer::LMA | efer::SCE | efer::NXE;
+    cpu.cr0 = cr0::PE | cr0::PG | cr0::NE | cr0::MP | cr0::ET | cr0::WP | cr0::AM;
+    cpu.xcr0 = 7;
+    let present = 1 << 7 | 1 << 4 | 3 << 5;
+    for segment in &mut cpu.segs {
+        *segment = Segment { selector: 0, base: 0, limit: 0, access: Segment::UNUSABLE };
+    }
+    cpu.segs[seg::CS] = Segment { selector: CODE_SELECTOR, base: 0, limit: u32::MAX, access: present | 0xb | 1 << 13 | 1 << 15 };
+    cpu.segs[seg::SS] = Segment { selector: STACK_SELECTOR, base: 0, limit: u32::MAX, access: present | 0x3 | 3 << 14 };
+    cpu.tr = Segment { selector: 0x40, base: TASK, limit: 0x67, access: 1 << 7 | 0xb };
+    cpu.set_rflags(0x202);
+    cpu.refresh_mode();
+}
