@@ -12,10 +12,15 @@ fn the_interpreter_does_what_this_processor_does() {
     let mut generator = Generator::new(1, None);
     let mut findings = Vec::new();
     let done = oracle
-        .run_many(&mut generator, CASES, |_| {}, |finding| {
-            findings.push(finding.describe());
-            findings.len() < 5
-        })
+        .run_many(
+            &mut generator,
+            CASES,
+            |_| {},
+            |finding| {
+                findings.push(finding.describe());
+                findings.len() < 5
+            },
+        )
         .expect("both sides go on");
     assert!(findings.is_empty(), "after {done} cases:\n{}", findings.join("\n"));
     assert_eq!(done, CASES);

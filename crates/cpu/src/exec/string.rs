@@ -242,8 +242,6 @@ impl Strings for Stos {
 
 struct Lods;
 impl Strings for Lods {
-    const SOURCE: bool = true;
-
     fn one<T: AluWord + MemWord>(cpu: &mut Cpu, op: &Op) -> Exec {
         let from = source::<T>(cpu, op)?;
         let value = cpu.read::<T>(from)?;

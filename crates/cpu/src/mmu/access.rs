@@ -461,7 +461,7 @@ impl Cpu {
         if self.tlb.context() != Context::Slow || !self.alignment_checked() || linear.is_multiple_of(size) {
             return Ok(());
         }
-        if !self.canonical(linear) || !self.canonical(linear.wrapping_add(size - 1)) {
+        if !self.canonical(linear) {
             self.raised = Raised::NonCanonical;
             return Err(Abort);
         }

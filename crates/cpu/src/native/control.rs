@@ -15,7 +15,15 @@ pub(super) fn select(insn: &Instruction, cpuid: &CpuidTable) -> Option<Handler> 
     use Mnemonic as M;
     let handler: Handler = match insn.mnemonic() {
         // Memory protection extensions are the no-operations that their encodings were before.
-        M::Cldemote | M::Bndcl | M::Bndcn | M::Bndcu | M::Bndldx | M::Bndmk | M::Bndmov | M::Bndstx | M::Reservednop => {
+        M::Cldemote
+        | M::Bndcl
+        | M::Bndcn
+        | M::Bndcu
+        | M::Bndldx
+        | M::Bndmk
+        | M::Bndmov
+        | M::Bndstx
+        | M::Reservednop => {
             return Some(nothing);
         }
         M::Ldmxcsr => load_mxcsr::<false>,

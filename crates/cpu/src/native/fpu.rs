@@ -243,8 +243,7 @@ impl Fpu {
 
     /// Loads the whole state from a standard-format XSAVE area.
     pub(crate) fn load_area(&mut self, area: &[u8]) -> Result<(), StateError> {
-        let word =
-            |at: usize| area[at..at + 8].iter().rev().fold(0, |v, &b| v << 8 | u64::from(b));
+        let word = |at: usize| area[at..at + 8].iter().rev().fold(0, |v, &b| v << 8 | u64::from(b));
         if area.len() < EXTENDED {
             let value = area.len() as u64;
             return Err(StateError::Value {

@@ -30,12 +30,28 @@ struct Plan {
 
 impl Plan {
     fn pack(self) -> u64 {
-        u64::from_le_bytes([self.data, self.mask, self.index, self.count, self.index_size, self.mask_count, 0, 0])
+        u64::from_le_bytes([
+            self.data,
+            self.mask,
+            self.index,
+            self.count,
+            self.index_size,
+            self.mask_count,
+            0,
+            0,
+        ])
     }
 
     fn of(op: &Op) -> Self {
         let [data, mask, index, count, index_size, mask_count, ..] = op.imm.to_le_bytes();
-        Self { data: data & 15, mask: mask & 15, index: index & 15, count: count.min(8), index_size, mask_count: mask_count.min(8) }
+        Self {
+            data: data & 15,
+            mask: mask & 15,
+            index: index & 15,
+            count: count.min(8),
+            index_size,
+            mask_count: mask_count.min(8),
+        }
     }
 }
 
@@ -129,7 +145,8 @@ impl Cpu {
             return Ok(());
         }
         let first = self.seg_linear(op.seg as usize, offset, 1, access)?;
-        for i in (0..plan.count as usize).filter(|&i| self.selected::<SIZE>(plan.mask, i)).collect::<Vec<_>>() {
+        for i in (0..plan.count as usize).filter(|&i| self.selected::<SIZE>(plan.mask, i)).collect::<Vec<_>>()
+        {
             let last = first.wrapping_add((i * SIZE + SIZE - 1) as u64);
             if !self.canonical(last) {
                 return self.probe(last, 1, access);
@@ -140,7 +157,13 @@ impl Cpu {
 
     /// Linear address of element `i` of an operand at `offset`. The address size cuts the operand's address, not the
     /// elements'.
-    fn span_element<const SIZE: usize>(&mut self, op: &Op, offset: u64, i: usize, access: Access) -> Exec<u64> {
+    fn span_element<const SIZE: usize>(
+        &mut self,
+        op: &Op,
+        offset: u64,
+        i: usize,
+        access: Access,
+    ) -> Exec<u64> {
         let at = (i * SIZE) as u64;
         if self.mode.code == CodeSize::Bits64 {
             return Ok(self.seg_linear(op.seg as usize, offset, SIZE as u64, access)?.wrapping_add(at));
@@ -278,15 +301,19 @@ fn maskmovq(cpu: &mut Cpu, op: &Op) -> Exec {
 
 fn store_bytes(cpu: &mut Cpu, op: &Op, data: &[u8], mask: &[u8]) -> Exec {
     let offset = cpu.offset(op);
-    let linear = cpu.seg_linear(op.seg as usize, offset, data.len() as u64, Access::Write)?;
-    let chosen = |i: &usize| mask[*i] & 0x80 != 0;
+    let address = |cpu: &mut Cpu, at: usize, size: u64| {
+        let offset = offset.wrapping_add(at as u64) & op.amask();
+        cpu.seg_linear(op.seg as usize, offset, size, Access::Write)
+    };
     // What the mask leaves out may fault here, and does, the upper half first.
-    for at in (0..data.len()).step_by(8).rev().map(|at| at as u64) {
-        cpu.check_alignment(linear.wrapping_add(at), 8)?;
-        cpu.probe_store(linear.wrapping_add(at), 8)?;
+    for at in (0..data.len()).step_by(8).rev() {
+        let linear = address(cpu, at, 8)?;
+        cpu.check_alignment(linear, 8)?;
+        cpu.probe_store(linear, 8)?;
     }
-    for i in (0..data.len()).filter(chosen) {
-        cpu.write(linear.wrapping_add(i as u64), data[i])?;
+    for i in (0..data.len()).filter(|&i| mask[i] & 0x80 != 0) {
+        let linear = address(cpu, i, 1)?;
+        cpu.write(linear, data[i])?;
     }
     Ok(())
 }

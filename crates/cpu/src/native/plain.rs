@@ -370,7 +370,11 @@ fn store<const UNIT: u8>(cpu: &mut Cpu, op: &Op) -> Exec {
     let linear = cpu.operand(op, plan.size(), plan.aligned(), Access::Write)?;
     // Exceptions of the computation come before those of the store, and its flags stay even if the store faults.
     cpu.run_thunk(plan)?;
-    if plan.unchecked() { cpu.store_unchecked(linear, plan.size()) } else { cpu.store_operand(linear, plan.size()) }
+    if plan.unchecked() {
+        cpu.store_unchecked(linear, plan.size())
+    } else {
+        cpu.store_operand(linear, plan.size())
+    }
 }
 
 /// Number of an XMM or YMM register.

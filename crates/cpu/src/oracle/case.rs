@@ -103,7 +103,8 @@ impl Case {
     /// Which of the x87, SSE and AVX components are not in their initial configuration.
     pub fn inuse(&self) -> u64 {
         let (state, initial) = (&self.state, State::initial());
-        let x87 = state.x87[..MXCSR] != initial.x87[..MXCSR] || state.x87[MXCSR + 8..] != initial.x87[MXCSR + 8..];
+        let x87 =
+            state.x87[..MXCSR] != initial.x87[..MXCSR] || state.x87[MXCSR + 8..] != initial.x87[MXCSR + 8..];
         let sse = state.ymm.iter().any(|r| r[..2] != [0, 0]);
         let avx = state.ymm.iter().any(|r| r[2..] != [0, 0]);
         u64::from(x87) | u64::from(sse) << 1 | u64::from(avx) << 2

@@ -1,11 +1,14 @@
 //! Encodings of every instruction that user code can execute, made from the decoder's own tables.
 
-use iced_x86::{Code, CpuidFeature, EncodingKind, Instruction, MandatoryPrefix, Mnemonic, OpCodeInfo, OpCodeOperandKind, OpCodeTableKind};
+use iced_x86::{
+    Code, CpuidFeature, EncodingKind, Instruction, MandatoryPrefix, Mnemonic, OpCodeInfo, OpCodeOperandKind,
+    OpCodeTableKind,
+};
 
 use super::random::Random;
 
 /// All codes that can be tested.
-pub fn testable() -> Vec<Code> {
+pub(super) fn testable() -> Vec<Code> {
     Code::values().filter(|&code| is_testable(code)).collect()
 }
 
@@ -18,27 +21,34 @@ fn is_testable(code: Code) -> bool {
         && code.cpuid_features().iter().all(|&f| known_feature(f))
         && !excluded(code.mnemonic())
         && info.decoder_option() == 0
-        && info.op_kinds().iter().all(|kind| !matches!(kind, OpCodeOperandKind::farbr2_2 | OpCodeOperandKind::farbr4_2))
+        && info
+            .op_kinds()
+            .iter()
+            .all(|kind| !matches!(kind, OpCodeOperandKind::farbr2_2 | OpCodeOperandKind::farbr4_2))
 }
 
 /// Whether an instruction, from whatever bytes, can be compared.
-pub fn comparable(insn: &Instruction, bytes: &[u8]) -> bool {
+pub(super) fn comparable(insn: &Instruction, bytes: &[u8]) -> bool {
     use OpCodeOperandKind as K;
     if insn.is_invalid() {
         return !undocumented(bytes);
     }
-    let to_segment = insn.op_code().op_kinds().first().is_some_and(|k| matches!(k, K::seg_reg | K::fs | K::gs | K::ss | K::ds | K::es));
+    let to_segment = insn
+        .op_code()
+        .op_kinds()
+        .first()
+        .is_some_and(|k| matches!(k, K::seg_reg | K::fs | K::gs | K::ss | K::ds | K::es));
+    let far = insn.is_jmp_far_indirect() || insn.is_call_far_indirect();
+    let loads_segment = to_segment && matches!(insn.mnemonic(), Mnemonic::Mov | Mnemonic::Pop);
     matches!(insn.code().encoding(), EncodingKind::Legacy | EncodingKind::VEX)
-        && !insn.is_jmp_far_indirect()
-        && !insn.is_call_far_indirect()
         && insn.cpuid_features().iter().all(|&f| known_feature(f))
-        && !excluded(insn.mnemonic())
-        && !(to_segment && matches!(insn.mnemonic(), Mnemonic::Mov | Mnemonic::Pop))
+        && !(far || loads_segment || excluded(insn.mnemonic()))
 }
 
 /// Bytes that no manual gives a meaning to, but processors do: VEX-encoded 0F AE.
 fn undocumented(bytes: &[u8]) -> bool {
-    bytes.windows(4).any(|w| w[0] == 0xc4 && w[1] & 0x1f == 1 && w[3] == 0xae) || bytes.windows(3).any(|w| w[0] == 0xc5 && w[2] == 0xae)
+    bytes.windows(4).any(|w| w[0] == 0xc4 && w[1] & 0x1f == 1 && w[3] == 0xae)
+        || bytes.windows(3).any(|w| w[0] == 0xc5 && w[2] == 0xae)
 }
 
 /// Features that guest and host agree on. What is not named here is either hidden from the guest and there on the host,
@@ -47,8 +57,18 @@ fn known_feature(feature: CpuidFeature) -> bool {
     use CpuidFeature as F;
     matches!(
         feature,
-        F::INTEL8086 | F::INTEL186 | F::INTEL286 | F::INTEL386 | F::INTEL486 | F::X64 | F::CX8 | F::CMPXCHG16B | F::MULTIBYTENOP
-            | F::FSGSBASE | F::PAUSE | F::SMAP
+        F::INTEL8086
+            | F::INTEL186
+            | F::INTEL286
+            | F::INTEL386
+            | F::INTEL486
+            | F::X64
+            | F::CX8
+            | F::CMPXCHG16B
+            | F::MULTIBYTENOP
+            | F::FSGSBASE
+            | F::PAUSE
+            | F::SMAP
     ) || crate::native::runs_natively(feature)
 }
 
@@ -58,12 +78,58 @@ fn excluded(mnemonic: Mnemonic) -> bool {
     use Mnemonic as M;
     matches!(
         mnemonic,
-        M::Rdtsc | M::Rdtscp | M::Rdpid | M::Rdpmc | M::Cpuid | M::Xgetbv | M::Rdrand | M::Rdseed
-            | M::Syscall | M::Sysenter | M::Sysexit | M::Sysexitq | M::Sysret | M::Sysretq | M::Int | M::Int3 | M::Int1 | M::Into
-            | M::Iret | M::Iretd | M::Iretq | M::Jmpe | M::Retf | M::Lds | M::Les | M::Lfs | M::Lgs | M::Lss
-            | M::Sgdt | M::Sidt | M::Sldt | M::Str | M::Smsw | M::Lar | M::Lsl | M::Verr | M::Verw
-            | M::Wrfsbase | M::Wrgsbase | M::Rdpkru | M::Wrpkru | M::Getsec | M::Vmcall | M::Vmmcall | M::Wait
-            | M::Xsaves | M::Xsaves64 | M::Xrstors | M::Xrstors64 | M::Loadall | M::Invlpga | M::Umov
+        M::Rdtsc
+            | M::Rdtscp
+            | M::Rdpid
+            | M::Rdpmc
+            | M::Cpuid
+            | M::Xgetbv
+            | M::Rdrand
+            | M::Rdseed
+            | M::Syscall
+            | M::Sysenter
+            | M::Sysexit
+            | M::Sysexitq
+            | M::Sysret
+            | M::Sysretq
+            | M::Int
+            | M::Int3
+            | M::Int1
+            | M::Into
+            | M::Iret
+            | M::Iretd
+            | M::Iretq
+            | M::Jmpe
+            | M::Retf
+            | M::Lds
+            | M::Les
+            | M::Lfs
+            | M::Lgs
+            | M::Lss
+            | M::Sgdt
+            | M::Sidt
+            | M::Sldt
+            | M::Str
+            | M::Smsw
+            | M::Lar
+            | M::Lsl
+            | M::Verr
+            | M::Verw
+            | M::Wrfsbase
+            | M::Wrgsbase
+            | M::Rdpkru
+            | M::Wrpkru
+            | M::Getsec
+            | M::Vmcall
+            | M::Vmmcall
+            | M::Wait
+            | M::Xsaves
+            | M::Xsaves64
+            | M::Xrstors
+            | M::Xrstors64
+            | M::Loadall
+            | M::Invlpga
+            | M::Umov
     )
 }
 
@@ -75,12 +141,53 @@ fn has_modrm(info: &OpCodeInfo) -> bool {
         || info.op_kinds().iter().any(|kind| {
             !matches!(
                 kind,
-                K::None | K::imm8 | K::imm8_const_1 | K::imm8sex16 | K::imm8sex32 | K::imm8sex64 | K::imm16 | K::imm32
-                    | K::imm32sex64 | K::imm64 | K::al | K::cl | K::ax | K::dx | K::eax | K::rax | K::st0 | K::sti_opcode
-                    | K::es | K::cs | K::ss | K::ds | K::fs | K::gs | K::seg_rSI | K::es_rDI | K::seg_rBX_al
-                    | K::br16_1 | K::br32_1 | K::br64_1 | K::br16_2 | K::br32_4 | K::br64_4 | K::xbegin_2 | K::xbegin_4
-                    | K::brdisp_2 | K::brdisp_4 | K::mem_offs | K::r8_opcode | K::r16_opcode | K::r32_opcode | K::r64_opcode
-                    | K::xmm_is4 | K::ymm_is4 | K::xmm_is5 | K::ymm_is5 | K::imm4_m2z
+                K::None
+                    | K::imm8
+                    | K::imm8_const_1
+                    | K::imm8sex16
+                    | K::imm8sex32
+                    | K::imm8sex64
+                    | K::imm16
+                    | K::imm32
+                    | K::imm32sex64
+                    | K::imm64
+                    | K::al
+                    | K::cl
+                    | K::ax
+                    | K::dx
+                    | K::eax
+                    | K::rax
+                    | K::st0
+                    | K::sti_opcode
+                    | K::es
+                    | K::cs
+                    | K::ss
+                    | K::ds
+                    | K::fs
+                    | K::gs
+                    | K::seg_rSI
+                    | K::es_rDI
+                    | K::seg_rBX_al
+                    | K::br16_1
+                    | K::br32_1
+                    | K::br64_1
+                    | K::br16_2
+                    | K::br32_4
+                    | K::br64_4
+                    | K::xbegin_2
+                    | K::xbegin_4
+                    | K::brdisp_2
+                    | K::brdisp_4
+                    | K::mem_offs
+                    | K::r8_opcode
+                    | K::r16_opcode
+                    | K::r32_opcode
+                    | K::r64_opcode
+                    | K::xmm_is4
+                    | K::ymm_is4
+                    | K::xmm_is5
+                    | K::ymm_is5
+                    | K::imm4_m2z
             )
         })
 }
@@ -88,27 +195,51 @@ fn has_modrm(info: &OpCodeInfo) -> bool {
 fn needs_memory(info: &OpCodeInfo) -> bool {
     use OpCodeOperandKind as K;
     let vsib = [K::mem_vsib32x, K::mem_vsib64x, K::mem_vsib32y, K::mem_vsib64y];
-    info.op_kinds().iter().any(|k| matches!(k, K::mem | K::mem_mpx | K::mem_mib | K::sibmem) || vsib.contains(k))
+    info.op_kinds()
+        .iter()
+        .any(|k| matches!(k, K::mem | K::mem_mpx | K::mem_mib | K::sibmem) || vsib.contains(k))
 }
 
 fn needs_register(info: &OpCodeInfo) -> bool {
     use OpCodeOperandKind as K;
     info.op_kinds().iter().any(|k| {
-        matches!(k, K::r16_rm | K::r32_rm | K::r64_rm | K::mm_rm | K::xmm_rm | K::ymm_rm | K::k_rm | K::cr_reg | K::dr_reg)
+        matches!(
+            k,
+            K::r16_rm
+                | K::r32_rm
+                | K::r64_rm
+                | K::mm_rm
+                | K::xmm_rm
+                | K::ymm_rm
+                | K::k_rm
+                | K::cr_reg
+                | K::dr_reg
+        )
     })
 }
 
 fn needs_sib(info: &OpCodeInfo) -> bool {
     use OpCodeOperandKind as K;
     info.op_kinds().iter().any(|k| {
-        matches!(k, K::mem_vsib32x | K::mem_vsib64x | K::mem_vsib32y | K::mem_vsib64y | K::sibmem | K::mem_mib)
+        matches!(
+            k,
+            K::mem_vsib32x | K::mem_vsib64x | K::mem_vsib32y | K::mem_vsib64y | K::sibmem | K::mem_mib
+        )
     })
 }
 
 fn immediate_len(kind: OpCodeOperandKind) -> usize {
     use OpCodeOperandKind as K;
     match kind {
-        K::imm8 | K::imm8sex16 | K::imm8sex32 | K::imm8sex64 | K::br16_1 | K::br32_1 | K::br64_1 | K::xmm_is4 | K::ymm_is4 => 1,
+        K::imm8
+        | K::imm8sex16
+        | K::imm8sex32
+        | K::imm8sex64
+        | K::br16_1
+        | K::br32_1
+        | K::br64_1
+        | K::xmm_is4
+        | K::ymm_is4 => 1,
         K::imm16 | K::br16_2 | K::xbegin_2 | K::brdisp_2 => 2,
         K::imm32 | K::imm32sex64 | K::br32_4 | K::br64_4 | K::xbegin_4 | K::brdisp_4 => 4,
         K::imm64 | K::mem_offs => 8,
@@ -117,7 +248,7 @@ fn immediate_len(kind: OpCodeOperandKind) -> usize {
 }
 
 /// One encoding of `code`, everything that the table leaves open at random.
-pub fn encode(code: Code, random: &mut Random) -> Vec<u8> {
+pub(super) fn encode(code: Code, random: &mut Random) -> Vec<u8> {
     let info = code.op_code();
     let mut out = Vec::with_capacity(16);
     if random.one_in(12) {
@@ -171,7 +302,11 @@ pub fn encode(code: Code, random: &mut Random) -> Vec<u8> {
     }
     for &kind in info.op_kinds() {
         let len = immediate_len(kind);
-        let value = if random.one_in(2) { random.next() } else { random.pick(&[0, 1, 7, 0x7f, 0x80, u64::MAX, 31, 63, 64]) };
+        let value = if random.one_in(2) {
+            random.next()
+        } else {
+            random.pick(&[0, 1, 7, 0x7f, 0x80, u64::MAX, 31, 63, 64])
+        };
         out.extend(&value.to_le_bytes()[..len]);
     }
     if random.one_in(16) && !out.is_empty() {
@@ -218,7 +353,10 @@ fn legacy(info: &OpCodeInfo, random: &mut Random, out: &mut Vec<u8>) {
     }
     let wide = info.operand_size() == 64;
     if wide || random.one_in(3) {
-        out.push(0x40 | (random.next() as u8 & 7) | u8::from(wide || (info.operand_size() == 0 && random.one_in(4))) << 3);
+        out.push(
+            0x40 | (random.next() as u8 & 7)
+                | u8::from(wide || (info.operand_size() == 0 && random.one_in(4))) << 3,
+        );
     }
     match info.table() {
         OpCodeTableKind::T0F => out.push(0x0f),
@@ -230,7 +368,10 @@ fn legacy(info: &OpCodeInfo, random: &mut Random, out: &mut Vec<u8>) {
 
 fn vex(info: &OpCodeInfo, random: &mut Random, out: &mut Vec<u8>) {
     use OpCodeOperandKind as K;
-    let named = info.op_kinds().iter().any(|k| matches!(k, K::r32_vvvv | K::r64_vvvv | K::xmm_vvvv | K::ymm_vvvv | K::k_vvvv));
+    let named = info
+        .op_kinds()
+        .iter()
+        .any(|k| matches!(k, K::r32_vvvv | K::r64_vvvv | K::xmm_vvvv | K::ymm_vvvv | K::k_vvvv));
     let vvvv = if named { random.next() as u8 & 15 } else { 15 };
     let l = if info.is_lig() { random.below(2) as u8 } else { info.l() as u8 };
     let w = if info.is_wig() { random.below(2) as u8 } else { info.w() as u8 };

@@ -123,7 +123,13 @@ fn target(random: &mut Random, size: u64) -> u64 {
         34 => WINDOW + WINDOW_SIZE as u64 - 1 - random.below(size.min(64)),
         35 => WINDOW + WINDOW_SIZE as u64 - size,
         36 => WINDOW - random.below(64),
-        37 => random.pick(&[0x8000_0000_0000, 0x7fff_ffff_fff8, 1 << 63, 0xffff_7fff_ffff_ffff, 0x7fff_ffff_f000]),
+        37 => random.pick(&[
+            0x8000_0000_0000,
+            0x7fff_ffff_fff8,
+            1 << 63,
+            0xffff_7fff_ffff_ffff,
+            0x7fff_ffff_f000,
+        ]),
         _ => middle + 16 * random.below(0x180),
     }
 }
@@ -155,25 +161,42 @@ fn operands(random: &mut Random, insn: &Instruction, bytes: &mut [u8], case: &mu
     if index.is_vector_register() {
         let small = !random.one_in(6);
         for lane in &mut case.state.ymm[index.number() & 15] {
-            let value = |random: &mut Random| if small { random.below(0x80).wrapping_sub(0x20) } else { random.next() };
-            *lane = if random.one_in(2) { value(random) } else { value(random) & 0xffff_ffff | value(random) << 32 };
+            let value = |random: &mut Random| {
+                if small { random.below(0x80).wrapping_sub(0x20) } else { random.next() }
+            };
+            *lane = if random.one_in(2) {
+                value(random)
+            } else {
+                value(random) & 0xffff_ffff | value(random) << 32
+            };
         }
         if base.is_gpr() {
             gpr[number(base)] = offset.wrapping_sub(insn.memory_displacement64());
         }
-    } else if base == Register::RIP || base == Register::EIP || (base == Register::None && index == Register::None) {
+    } else if base == Register::RIP
+        || base == Register::EIP
+        || (base == Register::None && index == Register::None)
+    {
         let constants = Decoder::with_ip(64, bytes, 0, DecoderOptions::NONE);
         let mut decoder = constants;
         let again = decoder.decode();
         let at = decoder.get_constant_offsets(&again);
-        let value = if base == Register::None { offset } else { offset.wrapping_sub(case.state.rip).wrapping_sub(u64::from(case.len)) };
+        let value = if base == Register::None {
+            offset
+        } else {
+            offset.wrapping_sub(case.state.rip).wrapping_sub(u64::from(case.len))
+        };
         let (from, len) = (at.displacement_offset(), at.displacement_size());
         if let Some(displacement) = bytes.get_mut(from..from + len) {
             displacement.copy_from_slice(&value.to_le_bytes()[..len]);
         }
     } else {
         if index.is_gpr() && index.full_register() != base.full_register() {
-            gpr[number(index)] = if random.one_in(8) { values::integer(random) } else { random.below(0x100).wrapping_sub(0x40) };
+            gpr[number(index)] = if random.one_in(8) {
+                values::integer(random)
+            } else {
+                random.below(0x100).wrapping_sub(0x40)
+            };
         }
         let disp = insn.memory_displacement64();
         if base.is_gpr() && index.full_register() == base.full_register() {
@@ -208,7 +231,8 @@ fn special(random: &mut Random, insn: &Instruction, case: &mut Case) {
     }
     if insn.is_string_instruction() {
         for register in [6, 7] {
-            case.state.gpr[register] = if random.one_in(2) { target(random, 8) } else { WINDOW + 0x400 + random.below(0x1800) };
+            case.state.gpr[register] =
+                if random.one_in(2) { target(random, 8) } else { WINDOW + 0x400 + random.below(0x1800) };
         }
         if !random.one_in(16) {
             case.state.gpr[1] = random.below(40);
@@ -248,10 +272,19 @@ fn special(random: &mut Random, insn: &Instruction, case: &mut Case) {
             let value = image(random);
             case.patches[0] = Patch { at: wanted, len: 32, bytes: value };
         }
-        M::Xsave | M::Xsave64 | M::Xsaveopt | M::Xsaveopt64 | M::Xsavec | M::Xsavec64 | M::Xrstor | M::Xrstor64 => {
+        M::Xsave
+        | M::Xsave64
+        | M::Xsaveopt
+        | M::Xsaveopt64
+        | M::Xsavec
+        | M::Xsavec64
+        | M::Xrstor
+        | M::Xrstor64 => {
             xsave(random, case);
         }
-        M::Vmaskmovps | M::Vmaskmovpd | M::Vpmaskmovd | M::Vpmaskmovq => mask(random, insn.op1_register(), case),
+        M::Vmaskmovps | M::Vmaskmovpd | M::Vpmaskmovd | M::Vpmaskmovq => {
+            mask(random, insn.op1_register(), case)
+        }
         _ if insn.memory_index().is_vector_register() => mask(random, insn.op2_register(), case),
         _ => {}
     }

@@ -12,7 +12,9 @@ use std::ptr::NonNull;
 use std::sync::atomic::{AtomicPtr, AtomicU32, Ordering};
 use std::time::Duration;
 
-use super::case::{CODE, Case, Event, FS_BASE, GS_BASE, Outcome, Patch, State, WINDOW, WINDOW_SIZE, WRITABLE, pattern};
+use super::case::{
+    CODE, Case, Event, FS_BASE, GS_BASE, Outcome, Patch, State, WINDOW, WINDOW_SIZE, WRITABLE, pattern,
+};
 
 /// Cases that are handed over at a time.
 pub const BATCH: usize = 512;
@@ -149,12 +151,14 @@ fn failed() -> io::Error {
 fn shared(size: usize) -> io::Result<NonNull<u8>> {
     let flags = libc::MAP_SHARED | libc::MAP_ANONYMOUS;
     // SAFETY: a fresh mapping at an address of the system's choice.
-    let at = unsafe { libc::mmap(std::ptr::null_mut(), size, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0) };
+    let at =
+        unsafe { libc::mmap(std::ptr::null_mut(), size, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0) };
     NonNull::new(at.cast()).filter(|_| at != libc::MAP_FAILED).ok_or_else(failed)
 }
 
 fn futex(word: &AtomicU32, operation: i32, value: u32, timeout: Option<Duration>) {
-    let time = timeout.map(|t| libc::timespec { tv_sec: t.as_secs() as i64, tv_nsec: t.subsec_nanos().into() });
+    let time =
+        timeout.map(|t| libc::timespec { tv_sec: t.as_secs() as i64, tv_nsec: t.subsec_nanos().into() });
     let time = time.as_ref().map_or(0, |t| std::ptr::from_ref(t) as u64);
     syscall(libc::SYS_futex, [word.as_ptr() as u64, operation as u64, value.into(), time]);
 }
@@ -217,7 +221,11 @@ fn live(channel: NonNull<Channel>, code: &OwnedFd, window: &OwnedFd) -> Option<(
         WINDOW_VIEW.load(Ordering::SeqCst).copy_from_nonoverlapping(pattern, WINDOW_SIZE / 8);
         CHANNEL.store(channel.as_ptr(), Ordering::SeqCst);
 
-        let stack = libc::stack_t { ss_sp: shared(SIGNAL_STACK).ok()?.as_ptr().cast(), ss_flags: 0, ss_size: SIGNAL_STACK };
+        let stack = libc::stack_t {
+            ss_sp: shared(SIGNAL_STACK).ok()?.as_ptr().cast(),
+            ss_flags: 0,
+            ss_size: SIGNAL_STACK,
+        };
         if libc::sigaltstack(&stack, std::ptr::null_mut()) != 0 {
             return None;
         }
@@ -230,7 +238,8 @@ fn live(channel: NonNull<Channel>, code: &OwnedFd, window: &OwnedFd) -> Option<(
                 return None;
             }
         }
-        let filter = allow(&[libc::SYS_rt_sigreturn, libc::SYS_futex, libc::SYS_arch_prctl, libc::SYS_exit_group]);
+        let filter =
+            allow(&[libc::SYS_rt_sigreturn, libc::SYS_futex, libc::SYS_arch_prctl, libc::SYS_exit_group]);
         let program = libc::sock_fprog { len: filter.len() as u16, filter: filter.as_ptr().cast_mut() };
         libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0);
         // Where filters are not to be had the child does without: cases with system calls are not generated.
@@ -265,7 +274,8 @@ unsafe fn map(at: u64, size: usize, protection: i32, fd: &OwnedFd, offset: usize
     // Page faults of the system's own making would show in error codes.
     let flags = libc::MAP_SHARED | libc::MAP_POPULATE | fixed;
     // SAFETY: the caller's promise; an occupied address is refused.
-    let got = unsafe { libc::mmap(at as *mut _, size, protection, flags, fd.as_raw_fd(), offset as libc::off_t) };
+    let got =
+        unsafe { libc::mmap(at as *mut _, size, protection, flags, fd.as_raw_fd(), offset as libc::off_t) };
     (got != libc::MAP_FAILED && (at == 0 || got as u64 == at)).then_some(got.cast())
 }
 
@@ -315,8 +325,16 @@ unsafe extern "C" fn turn(_: libc::c_int, _: *mut libc::siginfo_t, context: *mut
         let posted = (*channel).posted.load(Ordering::Acquire);
         let busy = posted != (*channel).done.load(Ordering::Relaxed);
         if busy && next > 0 {
-            finish(context, &raw mut (*channel).outcomes[(next - 1) % BATCH], &raw const (*channel).cases[(next - 1) % BATCH]);
-            clean_up(channel, &raw const (*channel).cases[(next - 1) % BATCH], &raw mut (*channel).outcomes[(next - 1) % BATCH]);
+            finish(
+                context,
+                &raw mut (*channel).outcomes[(next - 1) % BATCH],
+                &raw const (*channel).cases[(next - 1) % BATCH],
+            );
+            clean_up(
+                channel,
+                &raw const (*channel).cases[(next - 1) % BATCH],
+                &raw mut (*channel).outcomes[(next - 1) % BATCH],
+            );
         }
         if !busy || next >= (*channel).count as usize {
             if busy {
@@ -372,7 +390,10 @@ unsafe fn begin(context: &mut libc::ucontext_t, case: *const Case) {
         let offset = (*state).rip.wrapping_sub(CODE) as usize;
         if offset < PAGE {
             let len = ((*case).len as usize).min(PAGE - offset).min(15);
-            CODE_VIEW.load(Ordering::Relaxed).add(offset).copy_from_nonoverlapping((&raw const (*case).code).cast(), len);
+            CODE_VIEW
+                .load(Ordering::Relaxed)
+                .add(offset)
+                .copy_from_nonoverlapping((&raw const (*case).code).cast(), len);
         }
         let window = WINDOW_VIEW.load(Ordering::Relaxed).cast::<u8>();
         let mut i = 0;
@@ -436,7 +457,12 @@ unsafe fn finish(context: &libc::ucontext_t, outcome: *mut Outcome, case: *const
             return;
         }
         // Behind the last byte of the page there is no breakpoint, but nothing either.
-        if vector == PAGE_FAULT && error & FETCH != 0 && cr2 == state.rip && cr2 == CODE + PAGE as u64 && cr2 != start {
+        if vector == PAGE_FAULT
+            && error & FETCH != 0
+            && cr2 == state.rip
+            && cr2 == CODE + PAGE as u64
+            && cr2 != start
+        {
             return;
         }
         let (error, cr2) = match vector {

@@ -89,14 +89,18 @@ impl Oracle {
             Ok(results) => {
                 for ((case, ours), theirs) in cases.iter().zip(&self.outcomes).zip(results) {
                     if !compare::equal(case, theirs, ours) {
-                        findings.push(Finding { case: *case, differences: compare::differences(case, theirs, ours) });
+                        findings.push(Finding {
+                            case: *case,
+                            differences: compare::differences(case, theirs, ours),
+                        });
                     }
                 }
             }
             Err(lost) => {
                 self.hardware.restart()?;
                 let what = "the child process was lost".into();
-                let hardware = lost.signal.map_or("stuck".into(), |signal| format!("ended by signal {signal}"));
+                let hardware =
+                    lost.signal.map_or("stuck".into(), |signal| format!("ended by signal {signal}"));
                 let difference = Difference { what, hardware, interpreter: "-".into() };
                 if let Some(case) = cases.get(lost.at) {
                     findings.push(Finding { case: *case, differences: vec![difference] });
@@ -134,7 +138,9 @@ impl Oracle {
     /// Takes away from a case whatever does not matter to its difference.
     pub fn minimize(&mut self, finding: Finding) -> Result<Finding, OracleError> {
         let mut best = finding;
-        let same_kind = |finding: &Finding, best: &Finding| finding.differences.iter().any(|d| d.what == best.differences[0].what);
+        let same_kind = |finding: &Finding, best: &Finding| {
+            finding.differences.iter().any(|d| d.what == best.differences[0].what)
+        };
         for simplify in simplifications() {
             let mut case = best.case;
             simplify(&mut case);
@@ -152,7 +158,13 @@ impl Oracle {
 }
 
 fn nop() -> Case {
-    let mut case = Case { state: State::initial(), code: [0x90; 16], len: 1, steps: false, patches: [case::Patch::NONE; 3] };
+    let mut case = Case {
+        state: State::initial(),
+        code: [0x90; 16],
+        len: 1,
+        steps: false,
+        patches: [case::Patch::NONE; 3],
+    };
     case.state.rip = case::CODE;
     case
 }
@@ -161,7 +173,9 @@ type Simplify = Box<dyn Fn(&mut Case)>;
 
 fn simplifications() -> Vec<Simplify> {
     let mut all: Vec<Simplify> = vec![
-        Box::new(|c| c.state.x87 = State { x87: State::initial().x87, ..c.state }.with_mxcsr(c.state.mxcsr())),
+        Box::new(|c| {
+            c.state.x87 = State { x87: State::initial().x87, ..c.state }.with_mxcsr(c.state.mxcsr())
+        }),
         Box::new(|c| c.state.ymm = [[0; 4]; 16]),
         Box::new(|c| c.state.set_mxcsr(0x1f80)),
         Box::new(|c| c.state.rflags = 0x202),

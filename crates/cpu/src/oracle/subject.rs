@@ -94,7 +94,11 @@ impl Subject {
                 Step::Done => break Event::NONE,
                 Step::Raised(e) => {
                     // Pauses are as interrupts, which show the flags so far; the exception alone would not.
-                    self.cpu.status = crate::alu::rflags_to_status(if paused { case.state.rflags } else { self.cpu.rflags() });
+                    self.cpu.status = crate::alu::rflags_to_status(if paused {
+                        case.state.rflags
+                    } else {
+                        self.cpu.rflags()
+                    });
                     let cr2 = if e.vector == 14 { self.cpu.cr2 } else { 0 };
                     break Event { vector: e.vector.into(), error: e.error.unwrap_or(0), cr2 };
                 }
@@ -188,8 +192,14 @@ fn user_mode(cpu: &mut Cpu) {
     for segment in &mut cpu.segs {
         *segment = Segment { selector: 0, base: 0, limit: 0, access: Segment::UNUSABLE };
     }
-    cpu.segs[seg::CS] = Segment { selector: CODE_SELECTOR, base: 0, limit: u32::MAX, access: present | 0xb | 1 << 13 | 1 << 15 };
-    cpu.segs[seg::SS] = Segment { selector: STACK_SELECTOR, base: 0, limit: u32::MAX, access: present | 0x3 | 3 << 14 };
+    cpu.segs[seg::CS] = Segment {
+        selector: CODE_SELECTOR,
+        base: 0,
+        limit: u32::MAX,
+        access: present | 0xb | 1 << 13 | 1 << 15,
+    };
+    cpu.segs[seg::SS] =
+        Segment { selector: STACK_SELECTOR, base: 0, limit: u32::MAX, access: present | 0x3 | 3 << 14 };
     cpu.tr = Segment { selector: 0x40, base: TASK, limit: 0x67, access: 1 << 7 | 0xb };
     cpu.set_rflags(0x202);
     cpu.refresh_mode();

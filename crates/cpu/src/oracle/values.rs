@@ -4,11 +4,19 @@ use super::case::State;
 use super::random::Random;
 
 /// An integer.
-pub fn integer(random: &mut Random) -> u64 {
+pub(super) fn integer(random: &mut Random) -> u64 {
     match random.below(8) {
         0 => random.pick(&[0, 1, 2, u64::MAX, u64::MAX - 1]),
         1 => random.pick(&[0x7f, 0x80, 0xff, 0x7fff, 0x8000, 0xffff, 0x7fff_ffff, 0x8000_0000, 0xffff_ffff]),
-        2 => random.pick(&[1 << 63, i64::MAX as u64, 1 << 32, 1 << 31, u64::MAX << 31, u64::MAX << 32, u64::MAX << 15]),
+        2 => random.pick(&[
+            1 << 63,
+            i64::MAX as u64,
+            1 << 32,
+            1 << 31,
+            u64::MAX << 31,
+            u64::MAX << 32,
+            u64::MAX << 15,
+        ]),
         3 => random.below(256),
         4 => 1 << random.below(64),
         5 => u64::MAX >> random.below(64),
@@ -42,9 +50,21 @@ fn double(random: &mut Random) -> u64 {
         3 => 0xfff << 51 | random.next() >> 13,
         4 => 0x7ff << 52 | 1 | random.next() >> 13,
         5 => random.next() >> 12,
-        6 => random.pick(&[1, (1 << 52) - 1, 1 << 52, 0x7fef_ffff_ffff_ffff, 0x47ef_ffff_ffff_ffff, 0x3690_0000_0000_0000]),
+        6 => random.pick(&[
+            1,
+            (1 << 52) - 1,
+            1 << 52,
+            0x7fef_ffff_ffff_ffff,
+            0x47ef_ffff_ffff_ffff,
+            0x3690_0000_0000_0000,
+        ]),
         7 | 8 => 0x3ff << 52,
-        9 => random.pick(&[0x41df_ffff_ffc0_0000, 0x43e0_0000_0000_0000, 0x41e0_0000_0000_0000, 0x3fe0_0000_0000_0000]),
+        9 => random.pick(&[
+            0x41df_ffff_ffc0_0000,
+            0x43e0_0000_0000_0000,
+            0x41e0_0000_0000_0000,
+            0x3fe0_0000_0000_0000,
+        ]),
         10..=12 => random.next() >> 12 | (1007 + random.below(64)) << 52,
         _ => random.next() >> 1,
     }
@@ -65,7 +85,10 @@ fn extended(random: &mut Random) -> [u8; 10] {
         8 | 9 => (0x3fff, integer),
         10 => (0x4000, 0xc90f_daa2_2168_c235),
         11..=13 => (0x3fff - 32 + random.below(80) as u16, integer | random.next()),
-        14 => (random.pick(&[1, 0x7ffe, 0x3fff + 62, 0x3fff + 63, 0x3fff - 64, 0x4000 + 1022, 0x4000 + 126]), integer | random.next()),
+        14 => (
+            random.pick(&[1, 0x7ffe, 0x3fff + 62, 0x3fff + 63, 0x3fff - 64, 0x4000 + 1022, 0x4000 + 126]),
+            integer | random.next(),
+        ),
         _ => (random.next() as u16 & 0x7fff, random.next()),
     };
     let mut bytes = [0; 10];
@@ -75,7 +98,7 @@ fn extended(random: &mut Random) -> [u8; 10] {
 }
 
 /// Fills bytes with values of one kind.
-pub fn fill(random: &mut Random, bytes: &mut [u8]) {
+pub(super) fn fill(random: &mut Random, bytes: &mut [u8]) {
     let kind = random.below(5);
     for chunk in bytes.chunks_mut(16) {
         let mut value = [0; 16];
@@ -98,7 +121,11 @@ pub fn fill(random: &mut Random, bytes: &mut [u8]) {
             }
             _ => {
                 for lane in value.chunks_mut(2) {
-                    lane.copy_from_slice(&(random.pick(&[0u64, 1, 0x7fff, 0x8000, 0xffff, 0x80, 0x7f, random.clone().next()]) as u16).to_le_bytes());
+                    lane.copy_from_slice(
+                        &(random.pick(&[0u64, 1, 0x7fff, 0x8000, 0xffff, 0x80, 0x7f, random.clone().next()])
+                            as u16)
+                            .to_le_bytes(),
+                    );
                     random.next();
                 }
             }
@@ -109,7 +136,7 @@ pub fn fill(random: &mut Random, bytes: &mut [u8]) {
 }
 
 /// Vector registers.
-pub fn vectors(random: &mut Random, state: &mut State) {
+pub(super) fn vectors(random: &mut Random, state: &mut State) {
     for register in &mut state.ymm {
         let mut bytes = [0; 32];
         fill(random, &mut bytes);
@@ -127,7 +154,7 @@ pub fn vectors(random: &mut Random, state: &mut State) {
 }
 
 /// An MXCSR.
-pub fn mxcsr(random: &mut Random) -> u32 {
+pub(super) fn mxcsr(random: &mut Random) -> u32 {
     match random.below(8) {
         0..=3 => 0x1f80,
         4 => 0x1f80 | random.next() as u32 & 0xe07f,
@@ -137,7 +164,7 @@ pub fn mxcsr(random: &mut Random) -> u32 {
 }
 
 /// The x87 state.
-pub fn x87(random: &mut Random, state: &mut State) {
+pub(super) fn x87(random: &mut Random, state: &mut State) {
     let fcw = if random.one_in(2) { 0x37f } else { random.next() as u16 & 0x1f3f | 0x40 };
     let top = if random.one_in(2) { 0 } else { random.below(8) as u16 };
     let mut fsw = top << 11 | random.next() as u16 & 0x4700;
