@@ -394,10 +394,12 @@ impl Cpu {
     fn deliver_raised(&mut self, segment: Option<u8>) {
         match self.settle(segment) {
             Raised::Exception(e) => self.deliver_exception(e),
-            Raised::Failed(why) => self.raised = Raised::Failed(why),
+            Raised::Failed(why) => {
+                self.raised = Raised::Failed(why);
+                self.look = true;
+            }
             Raised::None | Raised::Restart | Raised::NonCanonical => {}
         }
-        self.look = true;
     }
 
     /// Takes what was raised; which exception a non-canonical address is depends on the operand's segment.
