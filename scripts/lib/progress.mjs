@@ -54,7 +54,8 @@ class Step {
   note(text, { milestone = false } = {}) {
     const line = plain(text).trim()
     if (!line) return
-    this.#last = line.slice(0, 160)
+    // The margins that compilers draw round a piece of code say nothing.
+    if (/^[\p{L}\p{N}✓✗×[(]/u.test(line)) this.#last = line.slice(0, 160)
     if (!milestone) return
     if (live) {
       this.#clear()
