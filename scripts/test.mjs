@@ -64,7 +64,7 @@ async function vitest(project, reporter, totals) {
   })
 }
 
-const isVitestMilestone = (line) => /^\s*[✓✗×❯↓] |^\s*FAIL |Error: |^\s*at .*\.test\.ts/.test(line)
+const isVitestMilestone = (line) => /^\s?[✓↓] \||^\s*[✗×❯] |^\s*FAIL |Error: |^\s*at .*\.test\.ts/.test(line)
 
 await main(async () => {
   const started = Date.now()
