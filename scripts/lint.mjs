@@ -1,22 +1,32 @@
-// npm run lint: formatting, lints and types, without running anything. Warnings are errors.
+// npm run lint: formatting, lints, types and licences, without running anything. Warnings are errors. Goes on after a
+// failure, so that one run shows them all.
 import { build, isCompiling } from './lib/build.mjs'
 import { bin } from './lib/paths.mjs'
 import { step } from './lib/progress.mjs'
-import { main, run } from './lib/run.mjs'
+import { Failure, main, run } from './lib/run.mjs'
 import { checkTools } from './lib/tools.mjs'
+
+const CLIPPY = ['clippy', '--workspace', '--all-targets', '--', '-D', 'warnings']
+
+const CHECKS = [
+  ['cargo fmt', 'cargo', ['fmt', '--all', '--check']],
+  ['cargo clippy', 'cargo', CLIPPY],
+  ['biome', bin('biome'), ['check', '.']],
+  ['types', 'npm', ['run', '--silent', 'typecheck']],
+  ['licences', process.execPath, ['scripts/licences.mjs']],
+]
 
 await main(async () => {
   await checkTools({ tests: true })
   await build()
-  await step('cargo fmt --check', (step) => run('cargo', ['fmt', '--all', '--check'], { log: 'cargo-fmt', step }))
-  await step('cargo clippy', (step) =>
-    run('cargo', ['clippy', '--workspace', '--all-targets', '--', '-D', 'warnings'], {
-      log: 'clippy',
-      step,
-      milestone: isCompiling,
-    }),
-  )
-  await step('biome', (step) => run(bin('biome'), ['check', '.'], { log: 'biome', step }))
-  await step('types', (step) => run('npm', ['run', '--silent', 'typecheck'], { log: 'typecheck', step }))
-  await step('licences', (step) => run('node', ['scripts/licences.mjs'], { log: 'licences', step }))
+  const failures = []
+  for (const [title, command, args] of CHECKS) {
+    try {
+      await step(title, (step) => run(command, args, { log: title.replace(' ', '-'), step, milestone: isCompiling }))
+    } catch (error) {
+      if (!(error instanceof Failure)) throw error
+      failures.push(error.message)
+    }
+  }
+  if (failures.length > 0) throw new Failure(failures.join('\n\n'))
 })
