@@ -161,8 +161,12 @@ impl Hpet {
         } else if timer.has(config::FSB) {
             let message = MsiMessage { address: timer.fsb >> 32, data: timer.fsb as u32 };
             self.lines.msi.send(message);
-        } else if let Some(line) = self.lines.line(self.state.line(index)) {
-            line.pulse();
+        } else {
+            let index = self.state.line(index);
+            // A pin that another timer holds high stays so: there is no edge.
+            if self.asserted >> index & 1 == 0 && let Some(line) = self.lines.line(index) {
+                line.pulse();
+            }
         }
     }
 

@@ -178,3 +178,17 @@ fn routes_that_do_not_exist_are_not_taken() {
     b.write(0x100, 31 << 9, 0);
     assert_eq!(b.read(0x100, 0) & config::ROUTE, ROUTE_21);
 }
+
+#[test]
+fn an_edge_on_a_pin_that_is_held_high_is_none() {
+    let mut b = Bench::new();
+    b.write(0x10, 1, 0);
+    b.write(0x100, ROUTE_20 | config::INTERRUPT | config::LEVEL, 0);
+    b.write(0x108, 10, 0);
+    b.write(0x120, ROUTE_20 | config::INTERRUPT, 0);
+    b.write(0x128, 20, 0);
+    b.hpet.advance(10 * TICK);
+    assert!(b.gsi[0].high());
+    b.hpet.advance(20 * TICK);
+    assert!(b.gsi[0].high(), "the level-triggered timer still holds it");
+}
