@@ -149,7 +149,7 @@ fn exceeds(bits: u32, bytes: &[u8]) -> bool {
     }
     // With 15 bytes there the decoder does not tell; with 14 it says that it wants more.
     let mut decoder = Decoder::new(bits, &whole[..whole.len().min(LONGEST - 1)], DecoderOptions::NO_INVALID_CHECK);
-    decoder.decode();
+    let _ = decoder.decode();
     decoder.last_error() == DecoderError::NoMoreBytes
 }
 
