@@ -164,7 +164,9 @@ impl Hpet {
         } else {
             let index = self.state.line(index);
             // A pin that another timer holds high stays so: there is no edge.
-            if self.asserted >> index & 1 == 0 && let Some(line) = self.lines.line(index) {
+            if self.asserted >> index & 1 == 0
+                && let Some(line) = self.lines.line(index)
+            {
                 line.pulse();
             }
         }
