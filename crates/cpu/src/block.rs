@@ -51,13 +51,19 @@ unsafe impl Send for Block {}
 impl Block {
     /// `versions` are those of the pages' counters in guest memory, which must outlive the block.
     pub(crate) fn new(ops: Vec<Op>, len: u16, pages: [(usize, u32, &AtomicU32); 2]) -> Self {
-        Self { ops: ops.into_boxed_slice(), len, pages: pages.map(|(page, version, at)| (page, version, std::ptr::from_ref(at))) }
+        Self {
+            ops: ops.into_boxed_slice(),
+            len,
+            pages: pages.map(|(page, version, at)| (page, version, std::ptr::from_ref(at))),
+        }
     }
 
     #[inline(always)]
     fn valid(&self) -> bool {
         // SAFETY: the processor that owns this block owns a handle to guest memory and with it the counters.
-        let current = |(_, version, at): (usize, u32, *const AtomicU32)| unsafe { &*at }.load(Ordering::Acquire) == version;
+        let current = |(_, version, at): (usize, u32, *const AtomicU32)| {
+            unsafe { &*at }.load(Ordering::Acquire) == version
+        };
         current(self.pages[0]) && (self.pages[1].0 == self.pages[0].0 || current(self.pages[1]))
     }
 }

@@ -245,7 +245,17 @@ impl Cpu {
 
     /// Sets all of RFLAGS (reserved bits forced). The caller refreshes the mode if VM or AC may have changed.
     pub(crate) fn set_rflags(&mut self, value: u64) {
-        const REST: u64 = fl::TF | fl::IF | fl::DF | fl::IOPL | fl::NT | fl::RF | fl::VM | fl::AC | fl::VIF | fl::VIP | fl::ID;
+        const REST: u64 = fl::TF
+            | fl::IF
+            | fl::DF
+            | fl::IOPL
+            | fl::NT
+            | fl::RF
+            | fl::VM
+            | fl::AC
+            | fl::VIF
+            | fl::VIP
+            | fl::ID;
         self.status = crate::alu::rflags_to_status(value);
         self.rflags_rest = (value & REST) | 2;
         // What has arrived since the local APIC was last asked comes with mail of its own.
@@ -268,8 +278,8 @@ impl Cpu {
         mailbox: Arc<Mailbox>,
         tsc: Tsc,
     ) -> Result<Box<Self>, HvError> {
-        let thunks =
-            Thunks::new().map_err(|source| HvError::Os { what: "executable memory for the software CPU", source })?;
+        let thunks = Thunks::new()
+            .map_err(|source| HvError::Os { what: "executable memory for the software CPU", source })?;
         let mut cpu = Box::new(Self {
             regs: Regs::new(),
             rip: 0,

@@ -64,7 +64,8 @@ impl Cpu {
             }
 
             let on_first = len.min(PAGE as usize - offset);
-            let fresh = self.watch(first.index, offset, on_first) | self.watch(second.index, 0, len - on_first);
+            let fresh =
+                self.watch(first.index, offset, on_first) | self.watch(second.index, 0, len - on_first);
             if fresh {
                 self.everyone_forgets_writes([first.host, second.host]);
             }
@@ -107,7 +108,10 @@ impl Cpu {
         let mut end = 0;
         while ops.len() < most && decoder.can_decode() {
             decoder.decode_out(&mut insn);
-            if insn.is_invalid() && decoder.last_error() == DecoderError::NoMoreBytes && bytes.len() - end < LONGEST {
+            if insn.is_invalid()
+                && decoder.last_error() == DecoderError::NoMoreBytes
+                && bytes.len() - end < LONGEST
+            {
                 break;
             }
             // An invalid instruction is one that raises #UD; its length no longer matters.
@@ -118,16 +122,18 @@ impl Cpu {
             op.run = if insn.is_invalid() {
                 if exceeds(bits, &bytes[end..]) { too_long } else { undefined }
             } else if let Some(handler) = exec::select(&insn, &mut op, key.code) {
-                ends = insn.flow_control() != FlowControl::Next || (repeats(&insn) && insn.is_string_instruction());
+                ends = insn.flow_control() != FlowControl::Next
+                    || (repeats(&insn) && insn.is_string_instruction());
                 handler
             } else if let Some(handler) = system::select(&insn, &mut op, key.code) {
                 ends = !system::continues(insn.mnemonic());
                 handler
             } else {
-                native::select(&insn, text, &mut op, key.code, &mut self.thunks, &self.shared.cpuid).unwrap_or_else(|| {
-                    ends = true;
-                    undefined as Handler
-                })
+                native::select(&insn, text, &mut op, key.code, &mut self.thunks, &self.shared.cpuid)
+                    .unwrap_or_else(|| {
+                        ends = true;
+                        undefined as Handler
+                    })
             };
             end += len;
             op.end = end as u16;
@@ -148,7 +154,8 @@ fn exceeds(bits: u32, bytes: &[u8]) -> bool {
         return false;
     }
     // With 15 bytes there the decoder does not tell; with 14 it says that it wants more.
-    let mut decoder = Decoder::new(bits, &whole[..whole.len().min(LONGEST - 1)], DecoderOptions::NO_INVALID_CHECK);
+    let mut decoder =
+        Decoder::new(bits, &whole[..whole.len().min(LONGEST - 1)], DecoderOptions::NO_INVALID_CHECK);
     let _ = decoder.decode();
     decoder.last_error() == DecoderError::NoMoreBytes
 }
@@ -212,7 +219,11 @@ fn fill(insn: &Instruction, code: CodeSize, start: usize, len: usize) -> Op {
             | OpKind::Immediate8to64
             | OpKind::Immediate32to64 => op.imm = insn.immediate(i),
             OpKind::Memory => memory_operand(insn, code, &mut op),
-            OpKind::MemorySegSI | OpKind::MemorySegESI | OpKind::MemorySegRSI | OpKind::MemorySegDI | OpKind::MemorySegEDI
+            OpKind::MemorySegSI
+            | OpKind::MemorySegESI
+            | OpKind::MemorySegRSI
+            | OpKind::MemorySegDI
+            | OpKind::MemorySegEDI
             | OpKind::MemorySegRDI => {
                 op.seg = match (code, insn.memory_segment()) {
                     (CodeSize::Bits64, Register::CS | Register::SS | Register::ES) => seg::DS as u8,
@@ -308,7 +319,11 @@ fn address_size(insn: &Instruction, code: CodeSize) -> u8 {
                     (Register::None, _) => match insn.memory_displ_size() {
                         2 => Op::A16,
                         4 if code != CodeSize::Bits64 => Op::A32,
-                        4 if insn.memory_displacement64() > 0x7fff_ffff && insn.memory_displacement64() <= 0xffff_ffff => Op::A32,
+                        4 if insn.memory_displacement64() > 0x7fff_ffff
+                            && insn.memory_displacement64() <= 0xffff_ffff =>
+                        {
+                            Op::A32
+                        }
                         _ if code == CodeSize::Bits64 => 0,
                         _ => Op::A32,
                     },

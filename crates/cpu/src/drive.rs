@@ -2,9 +2,9 @@
 
 use std::sync::Arc;
 
+use skep_hv::VmOptions;
 use skep_hv::cpuid::CpuidTable;
 use skep_hv::state::{CpuState, General, StateGroups};
-use skep_hv::VmOptions;
 use skep_memory::{GuestMemory, RegionKind, RegionSpec};
 
 use crate::cpu::{Cpu, cr0, cr4, efer};
@@ -104,7 +104,11 @@ fn protected_mode(cpu: &mut Cpu) {
 fn long_mode(cpu: &mut Cpu, cpl: u32) {
     const TABLES: u64 = 0x1000;
     let entry = 0x67;
-    for (at, value) in [(TABLES, (TABLES + 0x1000) | entry), (TABLES + 0x1000, (TABLES + 0x2000) | entry), (TABLES + 0x2000, 0x80 | entry)] {
+    for (at, value) in [
+        (TABLES, (TABLES + 0x1000) | entry),
+        (TABLES + 0x1000, (TABLES + 0x2000) | entry),
+        (TABLES + 0x2000, 0x80 | entry),
+    ] {
         let _ = cpu.memory.write_u64(at, value);
     }
     cpu.cr3 = TABLES;

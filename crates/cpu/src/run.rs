@@ -1,5 +1,8 @@
 //! The loop around it all: find a block, run it, and between blocks look at what else wants attention.
-#![expect(unsafe_code, reason = "blocks and the machine's callbacks are reached by pointer while the loop runs")]
+#![expect(
+    unsafe_code,
+    reason = "blocks and the machine's callbacks are reached by pointer while the loop runs"
+)]
 
 use std::ptr::NonNull;
 use std::sync::atomic::Ordering;
@@ -368,7 +371,11 @@ impl Cpu {
     /// One instruction under single step, interrupt shadow or breakpoints, with what follows from it.
     pub(crate) fn step_and_deliver(&mut self) {
         let linear = self.code_linear();
-        if self.dr7 & 0xff != 0 && !self.flag(fl::RF) && !self.mov_ss_shadow && self.instruction_breakpoint(linear) {
+        if self.dr7 & 0xff != 0
+            && !self.flag(fl::RF)
+            && !self.mov_ss_shadow
+            && self.instruction_breakpoint(linear)
+        {
             self.deliver_exception(Exception { vector: vector::DB, error: None });
             return;
         }

@@ -9,7 +9,8 @@ use skep_hv::cpuid::CpuidTable;
 use skep_hv::irq::{MsiSender, Signal};
 use skep_hv::state::{CpuState, StateError, StateGroups};
 use skep_hv::{
-    ApicPlacement, Doorbell, Hypervisor, HvError, Kick, Probe, RunEnd, Vcpu, VcpuIo, VcpuStats, Vm, VmOptions, monotonic_ns,
+    ApicPlacement, Doorbell, HvError, Hypervisor, Kick, Probe, RunEnd, Vcpu, VcpuIo, VcpuStats, Vm,
+    VmOptions, monotonic_ns,
 };
 use skep_memory::GuestMemory;
 
@@ -110,7 +111,13 @@ impl Shared {
     pub(crate) fn new(options: VmOptions) -> Arc<Self> {
         let mailboxes = (0..options.vcpus).map(|_| Arc::new(Mailbox::new())).collect();
         let tsc_hz = options.tsc_hz.unwrap_or_else(system::host_tsc_hz);
-        Arc::new(Self { cpuid: options.cpuid, tsc_hz, mailboxes, flushes: AtomicU64::new(0), alone: AtomicBool::new(false) })
+        Arc::new(Self {
+            cpuid: options.cpuid,
+            tsc_hz,
+            mailboxes,
+            flushes: AtomicU64::new(0),
+            alone: AtomicBool::new(false),
+        })
     }
 
     /// Asks every vCPU but `except` to forget cached write permissions, and waits until none can use one any more.
@@ -119,12 +126,15 @@ impl Shared {
             return;
         }
         let number = self.flushes.fetch_add(1, Ordering::SeqCst) + 1;
-        let others = || self.mailboxes.iter().enumerate().filter(|&(i, _)| Some(i as u32) != except).map(|(_, m)| m);
+        let others =
+            || self.mailboxes.iter().enumerate().filter(|&(i, _)| Some(i as u32) != except).map(|(_, m)| m);
         for mailbox in others() {
             mailbox.post(mail::FLUSH);
         }
         for mailbox in others() {
-            wait_until(|| !mailbox.in_guest.load(Ordering::SeqCst) || mailbox.flushed.load(Ordering::SeqCst) >= number);
+            wait_until(|| {
+                !mailbox.in_guest.load(Ordering::SeqCst) || mailbox.flushed.load(Ordering::SeqCst) >= number
+            });
         }
     }
 }
@@ -192,7 +202,9 @@ impl Cpu {
     /// Brings every other vCPU to a stop between two blocks.
     pub(crate) fn stand_alone(&mut self) -> Alone {
         let was_in = self.mailbox.in_guest.swap(false, Ordering::SeqCst);
-        wait_until(|| self.shared.alone.compare_exchange(false, true, Ordering::SeqCst, Ordering::SeqCst).is_ok());
+        wait_until(|| {
+            self.shared.alone.compare_exchange(false, true, Ordering::SeqCst, Ordering::SeqCst).is_ok()
+        });
         for (i, mailbox) in self.shared.mailboxes.iter().enumerate() {
             if i as u32 != self.id {
                 mailbox.post(mail::STAND_STILL);
@@ -245,8 +257,10 @@ struct SoftwareVm {
 impl Vm for SoftwareVm {
     fn create_vcpu(&self, id: u32) -> Result<Box<dyn Vcpu>, HvError> {
         let mailbox = self.shared.mailboxes.get(id as usize);
-        let mailbox = mailbox.ok_or_else(|| HvError::Invalid(format!("vCPU {id} of {}", self.shared.mailboxes.len())))?;
-        let cpu = Cpu::new(id, self.memory.clone(), self.shared.clone(), mailbox.clone(), self.clock.clone())?;
+        let mailbox = mailbox
+            .ok_or_else(|| HvError::Invalid(format!("vCPU {id} of {}", self.shared.mailboxes.len())))?;
+        let cpu =
+            Cpu::new(id, self.memory.clone(), self.shared.clone(), mailbox.clone(), self.clock.clone())?;
         Ok(Box::new(SoftwareVcpu { cpu }))
     }
 
@@ -276,7 +290,8 @@ impl Vm for SoftwareVm {
     }
 
     fn tsc(&self, vcpu: u32) -> u64 {
-        let offset = self.shared.mailboxes.get(vcpu as usize).map_or(0, |m| m.tsc_offset.load(Ordering::Relaxed));
+        let offset =
+            self.shared.mailboxes.get(vcpu as usize).map_or(0, |m| m.tsc_offset.load(Ordering::Relaxed));
         self.clock.now().wrapping_add(offset)
     }
 }

@@ -32,10 +32,7 @@ impl Addressing for General {
 impl Cpu {
     #[inline(always)]
     fn sum(&self, op: &Op) -> u64 {
-        self.regs
-            .r64(op.base)
-            .wrapping_add(self.regs.r64(op.index) << op.scale)
-            .wrapping_add(op.disp)
+        self.regs.r64(op.base).wrapping_add(self.regs.r64(op.index) << op.scale).wrapping_add(op.disp)
     }
 
     /// Effective address: offset within its segment.

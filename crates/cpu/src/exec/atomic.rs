@@ -107,7 +107,8 @@ fn cmpxchg8b(cpu: &mut Cpu, op: &Op) -> Exec {
 
 fn cmpxchg16b(cpu: &mut Cpu, op: &Op) -> Exec {
     let linear = cpu.linear(op, 16, Access::Write)?;
-    let pair = |cpu: &Cpu, high: u8, low: u8| u128::from(cpu.regs.r64(high)) << 64 | u128::from(cpu.regs.r64(low));
+    let pair =
+        |cpu: &Cpu, high: u8, low: u8| u128::from(cpu.regs.r64(high)) << 64 | u128::from(cpu.regs.r64(low));
     let (expected, new) = (pair(cpu, at::RDX, at::RAX), pair(cpu, at::RCX, at::RBX));
     let found = cpu.compare_exchange_16(linear, expected, new)?;
     set_zero_flag(cpu, found == expected);

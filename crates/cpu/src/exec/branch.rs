@@ -184,4 +184,3 @@ fn looped(cpu: &mut Cpu, op: &Op, also: fn(u16) -> bool) -> Exec {
     }
     Ok(())
 }
-

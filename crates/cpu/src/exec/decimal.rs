@@ -4,7 +4,7 @@
 use iced_x86::{Instruction, Mnemonic};
 
 use super::Form;
-use crate::alu::{AluWord, rflags_to_status, status_to_rflags, st};
+use crate::alu::{AluWord, rflags_to_status, st, status_to_rflags};
 use crate::cpu::{Cpu, fl};
 use crate::fault::{Exec, vector};
 use crate::mmu::{Access, MemWord};

@@ -30,7 +30,9 @@ pub(super) fn select(insn: &Instruction, op: &mut Op, form: Form) -> Option<Hand
         }
         Mnemonic::Movzx | Mnemonic::Movsx | Mnemonic::Movsxd => extend(insn, form)?,
         Mnemonic::Lea => wide!(size, lea[][]),
-        Mnemonic::Nop | Mnemonic::Endbr32 | Mnemonic::Endbr64 | Mnemonic::Rdsspd | Mnemonic::Rdsspq => |_, _| Ok(()),
+        Mnemonic::Nop | Mnemonic::Endbr32 | Mnemonic::Endbr64 | Mnemonic::Rdsspd | Mnemonic::Rdsspq => {
+            |_, _| Ok(())
+        }
         Mnemonic::Cbw => |cpu, _| widen::<u8, u16>(cpu),
         Mnemonic::Cwde => |cpu, _| widen::<u16, u32>(cpu),
         Mnemonic::Cdqe => |cpu, _| widen::<u32, u64>(cpu),

@@ -158,17 +158,29 @@ pub(super) fn select(insn: &Instruction, op: &mut Op, form: Form) -> Option<Hand
         Mnemonic::Imul if insn.op_count() == 1 => one::<Imul>(form),
         Mnemonic::Imul if insn.op_count() == 3 => {
             op.imm = insn.immediate(2);
-            if form.shape == Shape::RR { wide!(form.size, imul_rri[][]) } else { wide!(form.size, imul_rmi[][]) }
+            if form.shape == Shape::RR {
+                wide!(form.size, imul_rri[][])
+            } else {
+                wide!(form.size, imul_rmi[][])
+            }
         }
         Mnemonic::Imul => {
-            if form.shape == Shape::RR { wide!(form.size, imul_rr[][]) } else { wide!(form.size, imul_rm[][]) }
+            if form.shape == Shape::RR {
+                wide!(form.size, imul_rr[][])
+            } else {
+                wide!(form.size, imul_rm[][])
+            }
         }
         _ => return None,
     })
 }
 
 fn one<O: Operation>(form: Form) -> Handler {
-    if form.shape == Shape::R { sized!(form.size, r[O][]) } else { addressed!(form.flat, sized, form.size, m[O]) }
+    if form.shape == Shape::R {
+        sized!(form.size, r[O][])
+    } else {
+        addressed!(form.flat, sized, form.size, m[O])
+    }
 }
 
 fn r<O: Operation, T: AluWord + DivWord>(cpu: &mut Cpu, op: &Op) -> Exec {

@@ -190,10 +190,18 @@ impl Strings for Movs {
         unsafe {
             let (rcx, rsi, rdi) = (count, source, target);
             match size_of::<T>() {
-                1 => asm!("rep movsb", inout("rcx") rcx => _, inout("rsi") rsi => _, inout("rdi") rdi => _, options(nostack, preserves_flags)),
-                2 => asm!("rep movsw", inout("rcx") rcx => _, inout("rsi") rsi => _, inout("rdi") rdi => _, options(nostack, preserves_flags)),
-                4 => asm!("rep movsd", inout("rcx") rcx => _, inout("rsi") rsi => _, inout("rdi") rdi => _, options(nostack, preserves_flags)),
-                _ => asm!("rep movsq", inout("rcx") rcx => _, inout("rsi") rsi => _, inout("rdi") rdi => _, options(nostack, preserves_flags)),
+                1 => {
+                    asm!("rep movsb", inout("rcx") rcx => _, inout("rsi") rsi => _, inout("rdi") rdi => _, options(nostack, preserves_flags))
+                }
+                2 => {
+                    asm!("rep movsw", inout("rcx") rcx => _, inout("rsi") rsi => _, inout("rdi") rdi => _, options(nostack, preserves_flags))
+                }
+                4 => {
+                    asm!("rep movsd", inout("rcx") rcx => _, inout("rsi") rsi => _, inout("rdi") rdi => _, options(nostack, preserves_flags))
+                }
+                _ => {
+                    asm!("rep movsq", inout("rcx") rcx => _, inout("rsi") rsi => _, inout("rdi") rdi => _, options(nostack, preserves_flags))
+                }
             }
         }
         let (si, di) = (cpu.regs.r64(at::RSI), cpu.regs.r64(at::RDI));
@@ -228,10 +236,18 @@ impl Strings for Stos {
         unsafe {
             let (rcx, rdi, rax) = (count, target, value);
             match size_of::<T>() {
-                1 => asm!("rep stosb", inout("rcx") rcx => _, inout("rdi") rdi => _, in("rax") rax, options(nostack, preserves_flags)),
-                2 => asm!("rep stosw", inout("rcx") rcx => _, inout("rdi") rdi => _, in("rax") rax, options(nostack, preserves_flags)),
-                4 => asm!("rep stosd", inout("rcx") rcx => _, inout("rdi") rdi => _, in("rax") rax, options(nostack, preserves_flags)),
-                _ => asm!("rep stosq", inout("rcx") rcx => _, inout("rdi") rdi => _, in("rax") rax, options(nostack, preserves_flags)),
+                1 => {
+                    asm!("rep stosb", inout("rcx") rcx => _, inout("rdi") rdi => _, in("rax") rax, options(nostack, preserves_flags))
+                }
+                2 => {
+                    asm!("rep stosw", inout("rcx") rcx => _, inout("rdi") rdi => _, in("rax") rax, options(nostack, preserves_flags))
+                }
+                4 => {
+                    asm!("rep stosd", inout("rcx") rcx => _, inout("rdi") rdi => _, in("rax") rax, options(nostack, preserves_flags))
+                }
+                _ => {
+                    asm!("rep stosq", inout("rcx") rcx => _, inout("rdi") rdi => _, in("rax") rax, options(nostack, preserves_flags))
+                }
             }
         }
         let di = cpu.regs.r64(at::RDI);

@@ -1,6 +1,9 @@
 //! Reading and writing guest memory at linear addresses: the fast path over the soft TLB, and the slow path that walks,
 //! fills, watches, and reaches devices.
-#![expect(unsafe_code, reason = "loads, stores and locked operations on host addresses that the TLB vouches for")]
+#![expect(
+    unsafe_code,
+    reason = "loads, stores and locked operations on host addresses that the TLB vouches for"
+)]
 
 use std::arch::asm;
 use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
@@ -108,7 +111,12 @@ impl Cpu {
     /// Read-modify-write: `f` gets the old value and the status flags, and may be called again if `locked` and another
     /// processor was faster. A plain one is a load and a store, as on the real thing.
     #[inline(always)]
-    pub(crate) fn modify<T: MemWord>(&mut self, linear: u64, locked: bool, f: impl Fn(T, &mut u16) -> T) -> Exec<T> {
+    pub(crate) fn modify<T: MemWord>(
+        &mut self,
+        linear: u64,
+        locked: bool,
+        f: impl Fn(T, &mut u16) -> T,
+    ) -> Exec<T> {
         match self.tlb.write(linear, size_of::<T>() as u64) {
             Some(at) if !locked => {
                 // SAFETY: as in `read`; a page that may be written may be read.
@@ -332,7 +340,12 @@ impl Cpu {
 
     #[cold]
     #[inline(never)]
-    fn modify_slow<T: MemWord>(&mut self, linear: u64, locked: bool, f: &dyn Fn(T, &mut u16) -> T) -> Exec<T> {
+    fn modify_slow<T: MemWord>(
+        &mut self,
+        linear: u64,
+        locked: bool,
+        f: &dyn Fn(T, &mut u16) -> T,
+    ) -> Exec<T> {
         let size = size_of::<T>() as u64;
         let context = self.tlb.context();
         self.check_alignment(linear, size)?;
@@ -409,7 +422,9 @@ impl Cpu {
         for (i, byte) in into.iter_mut().enumerate() {
             *byte = match self.place(context, linear.wrapping_add(i as u64), Access::Read)? {
                 // SAFETY: one byte of a mapped page.
-                Place::Memory { page, gpa } => unsafe { u8::load(page.host.as_ptr().add((gpa % PAGE) as usize)) },
+                Place::Memory { page, gpa } => unsafe {
+                    u8::load(page.host.as_ptr().add((gpa % PAGE) as usize))
+                },
                 Place::Io(gpa) => self.io().memory_read(gpa, 1) as u8,
             };
         }
@@ -419,7 +434,9 @@ impl Cpu {
     fn write_across(&mut self, context: Context, linear: u64, from: &[u8]) -> Exec {
         self.check_range(context, linear, from.len() as u64, Access::Write)?;
         for i in 0..from.len() {
-            if let Place::Memory { page, gpa } = self.place(context, linear.wrapping_add(i as u64), Access::Write)? {
+            if let Place::Memory { page, gpa } =
+                self.place(context, linear.wrapping_add(i as u64), Access::Write)?
+            {
                 self.about_to_write(page.index, gpa % PAGE, 1)?;
             }
         }
@@ -436,7 +453,12 @@ impl Cpu {
         Ok(())
     }
 
-    fn copy(&mut self, page: HostPage, gpa: u64, f: impl FnOnce(&GuestMemory, u64) -> Result<(), skep_memory::MemoryError>) {
+    fn copy(
+        &mut self,
+        page: HostPage,
+        gpa: u64,
+        f: impl FnOnce(&GuestMemory, u64) -> Result<(), skep_memory::MemoryError>,
+    ) {
         debug_assert!(self.memory.page(gpa).is_some_and(|p| p.index == page.index));
         // The page was looked up just now; memory does not lose regions while a processor runs.
         if f(&self.memory, gpa).is_err() {
@@ -447,7 +469,8 @@ impl Cpu {
     /// Before bytes of a memory page are written on the slow path: an instruction that is about to change code behind it
     /// in its own block starts again, alone, so that the new code is what runs next.
     fn about_to_write(&mut self, page: usize, offset: u64, len: u64) -> Exec {
-        let watched = self.memory.watch(page).load(Ordering::SeqCst) & GuestMemory::watch_mask(offset, len) != 0;
+        let watched =
+            self.memory.watch(page).load(Ordering::SeqCst) & GuestMemory::watch_mask(offset, len) != 0;
         if watched && self.blocks.runs_on(page) && !self.blocks.running_alone() {
             self.raised = Raised::Restart;
             return Err(Abort);
@@ -514,7 +537,11 @@ fn piece(at: u64, left: usize) -> usize {
 
 /// # Safety
 /// `at` is valid for reads and writes of this width.
-unsafe fn locked_modify<T: MemWord>(at: *mut u8, status: &mut u16, f: &(impl Fn(T, &mut u16) -> T + ?Sized)) -> T {
+unsafe fn locked_modify<T: MemWord>(
+    at: *mut u8,
+    status: &mut u16,
+    f: &(impl Fn(T, &mut u16) -> T + ?Sized),
+) -> T {
     // SAFETY: the caller's promise.
     let mut old = unsafe { T::load(at) };
     loop {

@@ -124,25 +124,35 @@ impl Tlb {
     #[inline(always)]
     pub(crate) fn read(&self, linear: u64, size: u64) -> Option<*mut u8> {
         let entry = self.entry(linear);
-        (entry.read == self.tag(linear.wrapping_add(size - 1))).then(|| entry.delta.wrapping_add(linear) as *mut u8)
+        (entry.read == self.tag(linear.wrapping_add(size - 1)))
+            .then(|| entry.delta.wrapping_add(linear) as *mut u8)
     }
 
     /// Host address for writing `size` bytes, if cached and within one page.
     #[inline(always)]
     pub(crate) fn write(&self, linear: u64, size: u64) -> Option<*mut u8> {
         let entry = self.entry(linear);
-        (entry.write == self.tag(linear.wrapping_add(size - 1))).then(|| entry.delta.wrapping_add(linear) as *mut u8)
+        (entry.write == self.tag(linear.wrapping_add(size - 1)))
+            .then(|| entry.delta.wrapping_add(linear) as *mut u8)
     }
 
     /// As [`Tlb::read`] and [`Tlb::write`], looking at another array.
     pub(crate) fn look(&self, context: Context, linear: u64, size: u64, write: bool) -> Option<*mut u8> {
         let entry = &self.arrays[context as usize][(linear / PAGE) as usize & (ENTRIES - 1)];
         let found = if write { entry.write } else { entry.read };
-        (found == self.tag(linear.wrapping_add(size - 1))).then(|| entry.delta.wrapping_add(linear) as *mut u8)
+        (found == self.tag(linear.wrapping_add(size - 1)))
+            .then(|| entry.delta.wrapping_add(linear) as *mut u8)
     }
 
     /// Remembers a data translation.
-    pub(crate) fn fill(&mut self, context: Context, linear: u64, host: NonNull<u8>, writable: bool, shift: u8) {
+    pub(crate) fn fill(
+        &mut self,
+        context: Context,
+        linear: u64,
+        host: NonNull<u8>,
+        writable: bool,
+        shift: u8,
+    ) {
         if context == Context::Slow {
             return;
         }
@@ -167,7 +177,14 @@ impl Tlb {
     }
 
     /// Remembers an instruction page.
-    pub(crate) fn fill_code(&mut self, linear: u64, user: bool, gpa: u64, host: NonNull<u8>, index: usize) -> Code {
+    pub(crate) fn fill_code(
+        &mut self,
+        linear: u64,
+        user: bool,
+        gpa: u64,
+        host: NonNull<u8>,
+        index: usize,
+    ) -> Code {
         let code = Code { tag: self.tag(linear), gpa, host, index };
         self.code[code_slot(linear, user)] = Some(code);
         code
