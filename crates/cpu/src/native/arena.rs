@@ -1,6 +1,7 @@
 //! Executable memory that is never writable and executable at the same address: one memfd, mapped twice.
 #![expect(unsafe_code, reason = "memory mappings, and calls into the code that lies in them")]
 
+use std::arch::asm;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::ptr::NonNull;
@@ -108,4 +109,47 @@ impl Cpu {
             thunk(frame, cpu);
         }
     }
+
+    /// Runs the thunk at `offset`, an instruction that depends on MXCSR, under the guest's.
+    ///
+    /// Loading MXCSR costs more than most instructions. So as long as the host's control bits are the guest's, as they
+    /// nearly always are, the host's MXCSR is left as the guest's: its exception flags are not preserved across calls
+    /// anyway. Flags that the host has raised meanwhile are kept from the guest.
+    #[inline(always)]
+    pub(super) fn call_arithmetic(&mut self, offset: u32) {
+        let guest = self.fpu.frame.mxcsr;
+        let host = mxcsr();
+        if (guest ^ host) & !FLAGS == 0 {
+            if host & !guest != 0 {
+                set_mxcsr(guest);
+            }
+            self.call_thunk(offset);
+            self.fpu.frame.mxcsr = guest | mxcsr();
+        } else {
+            set_mxcsr(guest);
+            self.call_thunk(offset);
+            self.fpu.frame.mxcsr = mxcsr();
+            set_mxcsr(host);
+        }
+    }
+}
+
+/// MXCSR: exception flags.
+const FLAGS: u32 = 0x3f;
+
+/// The host's MXCSR.
+#[inline(always)]
+fn mxcsr() -> u32 {
+    let mut value = 0u32;
+    // SAFETY: stores four bytes.
+    unsafe { asm!("stmxcsr [{}]", in(reg) &raw mut value, options(nostack, preserves_flags)) };
+    value
+}
+
+/// Sets the host's MXCSR, to what it was or, for the length of a thunk, to the guest's.
+#[inline(always)]
+fn set_mxcsr(value: u32) {
+    // SAFETY: loads four bytes; the guest's MXCSR has no reserved bits set. Nothing between a load of the guest's and
+    // the load of the host's computes with floating point.
+    unsafe { asm!("ldmxcsr [{}]", in(reg) &raw const value, options(nostack, preserves_flags)) };
 }

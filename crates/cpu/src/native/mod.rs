@@ -15,6 +15,8 @@ mod masked;
 mod moves;
 mod operand;
 mod plain;
+#[cfg(test)]
+mod tests;
 mod thunk;
 mod x87;
 mod xsave;

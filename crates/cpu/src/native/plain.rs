@@ -23,6 +23,10 @@ impl Plan {
     const ARITHMETIC: u64 = 1 << 41;
     /// Alignment is never checked.
     const UNCHECKED: u64 = 1 << 44;
+    /// Runs under the guest's MXCSR.
+    const WANTS_MXCSR: u64 = 1 << 46;
+    /// VCVTPS2PH.
+    const NARROWING: u64 = 1 << 45;
     /// x87: does not wait for pending exceptions.
     const NO_WAIT: u64 = 1 << 42;
     /// x87: stores whatever exceptions are pending.
@@ -36,7 +40,12 @@ impl Plan {
     /// The thunk.
     #[inline(always)]
     pub(super) fn thunk(self) -> u32 {
-        self.0 as u32
+        self.0 as u32 & 0xf_ffff
+    }
+
+    /// VCVTPS2PH: the register that it writes, 16 for memory.
+    fn narrowing(self) -> Option<usize> {
+        (self.0 & Self::NARROWING != 0).then_some((self.0 >> 24) as usize & 0x1f)
     }
 
     /// Bytes of the memory operand.
@@ -61,6 +70,12 @@ impl Plan {
     #[inline(always)]
     pub(super) fn arithmetic(self) -> bool {
         self.0 & Self::ARITHMETIC != 0
+    }
+
+    /// Runs under the guest's MXCSR.
+    #[inline(always)]
+    fn wants_mxcsr(self) -> bool {
+        self.0 & Self::WANTS_MXCSR != 0
     }
 
     /// Does not wait for pending x87 exceptions.
@@ -135,10 +150,14 @@ fn thunk(
         plan.0 |= Plan::ALIGNED;
     }
     if uses_mxcsr(insn.mnemonic()) {
-        plan.0 |= Plan::ARITHMETIC;
+        // Thunks with an x87 image load MXCSR themselves, behind the image's.
+        plan.0 |= Plan::ARITHMETIC | if unit == Unit::MmxSse { 0 } else { Plan::WANTS_MXCSR };
     }
     if matches!(insn.mnemonic(), Mnemonic::Vcvtph2ps | Mnemonic::Vcvtps2ph) {
         plan.0 |= Plan::UNCHECKED;
+    }
+    if insn.mnemonic() == Mnemonic::Vcvtps2ph {
+        plan.0 |= Plan::NARROWING | u64::from(vector_number(insn.op0_register()).unwrap_or(16)) << 24;
     }
     if x87::no_wait(insn.mnemonic()) {
         plan.0 |= Plan::NO_WAIT;
@@ -177,7 +196,7 @@ fn unit(insn: &Instruction) -> Unit {
     let vex = insn.code().encoding() == EncodingKind::VEX;
     let features = insn.cpuid_features();
     let mmx = registers().any(|r| r.is_mm()) || insn.mnemonic() == Mnemonic::Emms;
-    if mmx && registers().any(|r| r.is_xmm()) {
+    if mmx && (registers().any(|r| r.is_xmm()) || uses_mxcsr(insn.mnemonic())) {
         return Unit::MmxSse;
     }
     if mmx {
@@ -268,8 +287,17 @@ impl Cpu {
         if plan.arithmetic() && self.fpu.frame.mxcsr & MASKS != MASKS {
             return self.run_unmasked(plan);
         }
-        self.call_thunk(plan.thunk());
+        self.call(plan);
         Ok(())
+    }
+
+    #[inline(always)]
+    fn call(&mut self, plan: Plan) {
+        if plan.wants_mxcsr() {
+            self.call_arithmetic(plan.thunk());
+        } else {
+            self.call_thunk(plan.thunk());
+        }
     }
 
     /// Some exception is unmasked: the instruction runs masked, and what it would have raised follows from the flags.
@@ -286,7 +314,7 @@ impl Cpu {
         };
         let attempt = |cpu: &mut Self, flush: u32| {
             cpu.fpu.frame.mxcsr = guest & !(FLAGS | FLUSH_TO_ZERO) | MASKS | flush;
-            cpu.call_thunk(plan.thunk());
+            cpu.call(plan);
             cpu.fpu.frame.mxcsr & FLAGS
         };
         let mut raised = 0;
@@ -298,6 +326,9 @@ impl Cpu {
         // Flush-to-zero works only while underflow is masked.
         let flush = if unmasked & UNDERFLOW == 0 { guest & FLUSH_TO_ZERO } else { 0 };
         raised |= attempt(self, flush);
+        if unmasked & UNDERFLOW != 0 && self.narrowed_to_denormal(plan) {
+            raised |= UNDERFLOW;
+        }
         if raised & unmasked == 0 {
             self.fpu.frame.mxcsr = guest | raised;
             return Ok(());
@@ -309,6 +340,16 @@ impl Cpu {
         }
         self.fpu.frame.mxcsr = guest | raised;
         Err(self.simd_exception())
+    }
+
+    /// Whether VCVTPS2PH, which knows no flush to zero, has produced a denormal.
+    fn narrowed_to_denormal(&self, plan: Plan) -> bool {
+        let denormal = |lane: &[u8]| lane[1] & 0x7c == 0 && (lane[1] & 3 | lane[0]) != 0;
+        match plan.narrowing() {
+            Some(16) => self.fpu.frame.operand[..plan.size() as usize & 63].chunks_exact(2).any(denormal),
+            Some(n) => self.fpu.xmm(n).chunks_exact(2).any(denormal),
+            None => false,
+        }
     }
 
     #[cold]

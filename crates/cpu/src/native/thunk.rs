@@ -112,6 +112,7 @@ struct Uses {
     flags: bool,
     /// Status flags change.
     flags_written: bool,
+    /// MXCSR is loaded and stored here: elsewhere that is the caller's affair.
     mxcsr: bool,
     x87: bool,
     vex: bool,
@@ -132,7 +133,7 @@ impl Uses {
             vector_written: 0,
             flags: (insn.rflags_read() | insn.rflags_modified()) & STATUS_FLAGS != 0,
             flags_written: insn.rflags_modified() & STATUS_FLAGS != 0,
-            mxcsr: uses_mxcsr(insn.mnemonic()),
+            mxcsr: uses_mxcsr(insn.mnemonic()) && unit == Unit::MmxSse,
             x87: matches!(unit, Unit::X87 | Unit::Mmx | Unit::MmxSse),
             vex: insn.code().encoding() == EncodingKind::VEX && unit == Unit::Avx,
             frame: RDI,
@@ -209,11 +210,9 @@ impl Uses {
         if self.cpu != RSI {
             e.mov(self.cpu, RSI);
         }
-        let restores_mxcsr = self.mxcsr || self.x87;
-        if restores_mxcsr {
-            e.mxcsr(3, self.frame, HOST_MXCSR);
-        }
         if self.x87 {
+            // FXRSTOR loads MXCSR too.
+            e.mxcsr(3, self.frame, HOST_MXCSR);
             e.fxstate(1, self.frame, X87);
         }
         for n in bits(self.vector) {
@@ -245,8 +244,6 @@ impl Uses {
         if self.x87 {
             e.fxstate(0, self.frame, X87);
             e.0.extend([0xdb, 0xe3]); // fninit
-        }
-        if restores_mxcsr {
             e.mxcsr(2, self.frame, HOST_MXCSR);
         }
         if self.vex {

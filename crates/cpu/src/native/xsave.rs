@@ -75,14 +75,32 @@ impl Cpu {
         }
     }
 
-    /// Writes pieces of `area`, all or nothing.
-    fn write_pieces(&mut self, linear: u64, area: &[u8], pieces: &[(usize, usize)]) -> Exec {
-        let address = |at: usize| linear.wrapping_add(at as u64);
-        for &(at, len) in pieces {
-            self.probe(address(at), len as u64, Access::Write)?;
+    /// Linear address of `len` bytes at an offset of the area. Each part has an effective address of its own.
+    fn area_part(&mut self, op: &Op, at: usize, len: usize, access: Access) -> Exec<u64> {
+        let offset = self.offset(op).wrapping_add(at as u64) & op.amask();
+        self.seg_linear(op.seg as usize, offset, len as u64, access)
+    }
+
+    /// Reads a part of the area.
+    fn read_part(&mut self, op: &Op, at: usize, into: &mut [u8]) -> Exec {
+        let linear = self.area_part(op, at, into.len(), Access::Read)?;
+        self.read_bytes(linear, into)
+    }
+
+    /// Raises what a write to a part of the area raises.
+    fn probe_part(&mut self, op: &Op, at: usize, len: usize) -> Exec {
+        let linear = self.area_part(op, at, len, Access::Write)?;
+        self.probe(linear, len as u64, Access::Write)
+    }
+
+    /// Writes parts of `area`, all or nothing.
+    fn write_parts(&mut self, op: &Op, area: &[u8], parts: &[(usize, usize)]) -> Exec {
+        for &(at, len) in parts {
+            self.probe_part(op, at, len)?;
         }
-        for &(at, len) in pieces {
-            self.write_bytes(address(at), &area[at..at + len])?;
+        for &(at, len) in parts {
+            let linear = self.area_part(op, at, len, Access::Write)?;
+            self.write_bytes(linear, &area[at..at + len])?;
         }
         Ok(())
     }
@@ -90,7 +108,7 @@ impl Cpu {
 
 fn fxsave(cpu: &mut Cpu, op: &Op) -> Exec {
     cpu.x87()?;
-    let linear = cpu.area_address(op, LEGACY, 16, Access::Write)?;
+    cpu.area_address(op, LEGACY, 16, Access::Write)?;
     let count = cpu.vector_count();
     let mut area = [0; LEGACY];
     cpu.fpu.put_x87(&mut area, op.imm != 0);
@@ -98,9 +116,8 @@ fn fxsave(cpu: &mut Cpu, op: &Op) -> Exec {
     cpu.fpu.put_xmm(&mut area, count);
     let end = fx::XMM + 16 * count;
     // Processors look at the end first.
-    cpu.probe(linear.wrapping_add(LEGACY as u64 - 1), 1, Access::Write)?;
-    cpu.probe(linear, LEGACY as u64, Access::Write)?;
-    cpu.write_pieces(linear, &area, &[(0, end)])
+    cpu.probe_part(op, LEGACY - 1, 1)?;
+    cpu.write_parts(op, &area, &[(0, end)])
 }
 
 fn fxrstor(cpu: &mut Cpu, op: &Op) -> Exec {
@@ -122,7 +139,7 @@ fn fxrstor(cpu: &mut Cpu, op: &Op) -> Exec {
 /// XSAVE, XSAVEOPT, XSAVEC (SDM vol. 1 §13.7, §13.9, §13.10).
 fn xsave<const KIND: u8>(cpu: &mut Cpu, op: &Op) -> Exec {
     cpu.xsave_enabled()?;
-    let linear = cpu.area_address(op, EXTENDED, 64, Access::Write)?;
+    cpu.area_address(op, EXTENDED, 64, Access::Write)?;
     let requested = cpu.requested();
     let count = cpu.vector_count();
     let mut inuse = cpu.fpu.xinuse() & requested;
@@ -132,20 +149,21 @@ fn xsave<const KIND: u8>(cpu: &mut Cpu, op: &Op) -> Exec {
     let saved = if KIND == Kind::PLAIN { requested } else { inuse };
 
     let mut area = [0; AREA];
-    let mut pieces = Vec::with_capacity(6);
+    let mut parts = Vec::with_capacity(6);
     let header = (LEGACY, if KIND == Kind::COMPACTED { 16 } else { 8 });
-    cpu.probe(linear.wrapping_add(LEGACY as u64), header.1 as u64, Access::Write)?;
+    cpu.probe_part(op, LEGACY, header.1)?;
     let present = if KIND == Kind::COMPACTED {
         area[LEGACY + 8..LEGACY + 16].copy_from_slice(&(COMPACTED | requested).to_le_bytes());
         inuse
     } else {
-        let old: u64 = cpu.read(linear.wrapping_add(LEGACY as u64))?;
-        old & !requested | inuse
+        let mut old = [0; 8];
+        cpu.read_part(op, LEGACY, &mut old)?;
+        u64::from_le_bytes(old) & !requested | inuse
     };
     area[LEGACY..LEGACY + 8].copy_from_slice(&present.to_le_bytes());
     if saved & component::X87 != 0 {
         cpu.fpu.put_x87(&mut area, op.imm != 0);
-        pieces.extend([(0, fx::MXCSR), (fx::ST, fx::XMM - fx::ST)]);
+        parts.extend([(0, fx::MXCSR), (fx::ST, fx::XMM - fx::ST)]);
     }
     let wants_mxcsr = match KIND {
         Kind::COMPACTED => saved & component::SSE,
@@ -154,30 +172,30 @@ fn xsave<const KIND: u8>(cpu: &mut Cpu, op: &Op) -> Exec {
     };
     if wants_mxcsr != 0 {
         put_image_mxcsr(&mut area, cpu.fpu.frame.mxcsr);
-        pieces.push((fx::MXCSR, 8));
+        parts.push((fx::MXCSR, 8));
     }
     if saved & component::SSE != 0 {
         cpu.fpu.put_xmm(&mut area, count);
-        pieces.push((fx::XMM, 16 * count));
+        parts.push((fx::XMM, 16 * count));
     }
     if saved & component::AVX != 0 {
         for n in 0..count {
             area[AVX_AT + 16 * n..][..16].copy_from_slice(&cpu.fpu.ymm_high(n));
         }
-        pieces.push((AVX_AT, 16 * count));
+        parts.push((AVX_AT, 16 * count));
     }
-    pieces.push(header);
-    cpu.write_pieces(linear, &area, &pieces)
+    parts.push(header);
+    cpu.write_parts(op, &area, &parts)
 }
 
 /// XRSTOR (SDM vol. 1 §13.8).
 fn xrstor<const COMPACTION: bool>(cpu: &mut Cpu, op: &Op) -> Exec {
     cpu.xsave_enabled()?;
-    let linear = cpu.area_address(op, EXTENDED, 64, Access::Read)?;
+    cpu.area_address(op, EXTENDED, 64, Access::Read)?;
     let requested = cpu.requested();
     let count = cpu.vector_count();
     let mut area = [0; AREA];
-    cpu.read_bytes(linear.wrapping_add(LEGACY as u64), &mut area[LEGACY..EXTENDED])?;
+    cpu.read_part(op, LEGACY, &mut area[LEGACY..EXTENDED])?;
     let word =
         |area: &[u8; AREA], at: usize| area[at..at + 8].iter().rev().fold(0, |v, &b| v << 8 | u64::from(b));
     let (present, format) = (word(&area, LEGACY), word(&area, LEGACY + 8));
@@ -204,18 +222,18 @@ fn xrstor<const COMPACTION: bool>(cpu: &mut Cpu, op: &Op) -> Exec {
         requested & (component::SSE | component::AVX) != 0
     };
     if load & component::X87 != 0 {
-        cpu.read_bytes(linear, &mut area[..fx::MXCSR])?;
-        cpu.read_bytes(linear.wrapping_add(fx::ST as u64), &mut area[fx::ST..fx::XMM])?;
+        cpu.read_part(op, 0, &mut area[..fx::MXCSR])?;
+        cpu.read_part(op, fx::ST, &mut area[fx::ST..fx::XMM])?;
     }
     if mxcsr_from_memory {
-        cpu.read_bytes(linear.wrapping_add(fx::MXCSR as u64), &mut area[fx::MXCSR..fx::MXCSR_MASK])?;
+        cpu.read_part(op, fx::MXCSR, &mut area[fx::MXCSR..fx::MXCSR_MASK])?;
     }
     if load & component::SSE != 0 {
-        cpu.read_bytes(linear.wrapping_add(fx::XMM as u64), &mut area[fx::XMM..fx::XMM + 16 * count])?;
+        cpu.read_part(op, fx::XMM, &mut area[fx::XMM..fx::XMM + 16 * count])?;
     }
     let mut upper = [0; AVX_SIZE];
     if load & component::AVX != 0 {
-        cpu.read_bytes(linear.wrapping_add(AVX_AT as u64), &mut upper[..16 * count])?;
+        cpu.read_part(op, AVX_AT, &mut upper[..16 * count])?;
     }
     let mxcsr = image_mxcsr(&area);
     if mxcsr_from_memory && mxcsr & !MXCSR_MASK != 0 {

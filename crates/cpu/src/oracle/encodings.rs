@@ -38,11 +38,14 @@ pub(super) fn comparable(insn: &Instruction, bytes: &[u8]) -> bool {
         .op_kinds()
         .first()
         .is_some_and(|k| matches!(k, K::seg_reg | K::fs | K::gs | K::ss | K::ds | K::es));
+    // With both prefixes that widen it, this processor moves it in halves, as faults show.
+    let in_halves =
+        insn.mnemonic() == Mnemonic::Movbe && insn.memory_size().size() == 8 && bytes.contains(&0x66);
     let far = insn.is_jmp_far_indirect() || insn.is_call_far_indirect();
     let loads_segment = to_segment && matches!(insn.mnemonic(), Mnemonic::Mov | Mnemonic::Pop);
     matches!(insn.code().encoding(), EncodingKind::Legacy | EncodingKind::VEX)
         && insn.cpuid_features().iter().all(|&f| known_feature(f))
-        && !(far || loads_segment || excluded(insn.mnemonic()))
+        && !(far || loads_segment || in_halves || excluded(insn.mnemonic()))
 }
 
 /// Bytes that no manual gives a meaning to, but processors do: VEX-encoded 0F AE.
