@@ -60,11 +60,13 @@ impl Block {
 
     #[inline(always)]
     fn valid(&self) -> bool {
+        let [first, second] = self.pages;
+        Self::current(first) && (second.0 == first.0 || Self::current(second))
+    }
+
+    fn current((_, version, at): (usize, u32, *const AtomicU32)) -> bool {
         // SAFETY: the processor that owns this block owns a handle to guest memory and with it the counters.
-        let current = |(_, version, at): (usize, u32, *const AtomicU32)| {
-            unsafe { &*at }.load(Ordering::Acquire) == version
-        };
-        current(self.pages[0]) && (self.pages[1].0 == self.pages[0].0 || current(self.pages[1]))
+        unsafe { &*at }.load(Ordering::Acquire) == version
     }
 }
 
