@@ -125,6 +125,9 @@ fn event(case: &Case, event: &Event) -> String {
         Pieces::InOrder => event.cr2 & !0xfff,
         Pieces::InAnyOrder => 0,
     };
+    if matches!(moves_state(case), Pieces::InAnyOrder) && (12..=14).contains(&event.vector) {
+        return "fault".into();
+    }
     format!("#{} error {:#x} cr2 {:#x}", event.vector, error, cr2)
 }
 
@@ -149,7 +152,7 @@ enum Pieces {
     No,
     /// In many, the first page first.
     InOrder,
-    /// In many, whichever page comes first.
+    /// In many, whichever comes first: a bad address, a missing page, a bad header.
     InAnyOrder,
 }
 

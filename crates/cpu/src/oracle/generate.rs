@@ -144,12 +144,16 @@ fn operands(random: &mut Random, insn: &Instruction, bytes: &mut [u8], case: &mu
         return;
     }
     let size = insn.memory_size().size() as u64;
-    let wanted = target(random, size);
+    let mut wanted = target(random, size);
     let segment = match insn.memory_segment() {
         Register::FS => FS_BASE,
         Register::GS => GS_BASE,
         _ => 0,
     };
+    if insn.is_save_restore_instruction() && wanted < segment {
+        // Where in a large operand a short address wraps is more than anybody promises.
+        wanted = segment.next_multiple_of(64);
+    }
     let offset = wanted.wrapping_sub(segment);
     let (base, index) = (insn.memory_base(), insn.memory_index());
     let scale = u64::from(insn.memory_index_scale());

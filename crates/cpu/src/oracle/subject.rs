@@ -8,7 +8,9 @@ use skep_hv::cpuid::CpuidTable;
 use skep_hv::state::Segment;
 use skep_memory::{GuestMemory, MemoryError, RegionKind, RegionSpec};
 
-use super::case::{CODE, Case, Event, FS_BASE, GS_BASE, Outcome, WINDOW, WINDOW_SIZE, WRITABLE, pattern};
+use super::case::{
+    CODE, Case, Event, FS_BASE, GS_BASE, LONGEST, Outcome, WINDOW, WINDOW_SIZE, WRITABLE, pattern,
+};
 use crate::cpu::{Cpu, cr0, cr4, efer, seg};
 use crate::run::Step;
 use crate::system::Tsc;
@@ -23,6 +25,8 @@ const TASK_AT: u64 = 0x30000;
 /// Linear address of the task state segment, which only the supervisor may read.
 const TASK: u64 = 0xffff_8000_0000_0000;
 const MEMORY: u64 = 1 << 20;
+/// What the code page holds where no instruction stands.
+const BREAKPOINT: u8 = 0xcc;
 
 /// Selectors as Linux has them.
 const CODE_SELECTOR: u16 = 0x33;
@@ -68,6 +72,7 @@ impl Subject {
         let pattern = pattern();
         let subject = Self { cpu, window: vec![0; pattern.len()], pattern };
         subject.restore_window()?;
+        subject.cpu.memory.write(CODE_AT, &[BREAKPOINT; PAGE as usize])?;
         Ok(subject)
     }
 
@@ -106,6 +111,7 @@ impl Subject {
             }
         };
         self.store(outcome);
+        self.cpu.memory.write(CODE_AT + offset, &[BREAKPOINT; LONGEST][..code_len as usize])?;
         self.look_at_window(outcome)
     }
 
