@@ -14,7 +14,8 @@ const paint = (code, text) => (coloured ? `\x1b[${code}m${text}\x1b[0m` : text)
 /** Time in a form a person reads at a glance. */
 export function duration(ms) {
   if (ms < 60_000) return `${(ms / 1000).toFixed(1)} s`
-  return `${Math.floor(ms / 60_000)} min ${String(Math.round((ms % 60_000) / 1000)).padStart(2, '0')} s`
+  const seconds = Math.round(ms / 1000)
+  return `${Math.floor(seconds / 60)} min ${String(seconds % 60).padStart(2, '0')} s`
 }
 
 /** Removes escape sequences and control characters, so that a line of output can be shown anywhere. */
