@@ -55,7 +55,7 @@ pub fn run(data: &[u8]) {
 fn processor() -> Option<Box<Cpu>> {
     let ram = RegionSpec { start: 0, size: MEMORY, kind: RegionKind::Ram };
     let memory = GuestMemory::new(&[ram]).ok()?;
-    let options = VmOptions { vcpus: 1, cpuid: table(), tsc_hz: Some(1_000_000_000) };
+    let options = VmOptions { cpuid: table(), tsc_hz: Some(1_000_000_000), ..VmOptions::default() };
     let shared = Shared::new(options);
     let mailbox = Arc::new(Mailbox::new());
     let tsc = Tsc::new(shared.tsc_hz);

@@ -6,11 +6,9 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
 use skep_hv::cpuid::CpuidTable;
-use skep_hv::irq::{MsiSender, Signal};
 use skep_hv::state::{CpuState, StateError, StateGroups};
 use skep_hv::{
-    ApicPlacement, Doorbell, HvError, Hypervisor, Kick, Probe, RunEnd, Vcpu, VcpuIo, VcpuStats, Vm,
-    VmOptions, monotonic_ns,
+    HvError, Hypervisor, Kick, Probe, RunEnd, Vcpu, VcpuIo, VcpuStats, Vm, VmOptions, monotonic_ns,
 };
 use skep_memory::GuestMemory;
 
@@ -264,14 +262,6 @@ impl Vm for SoftwareVm {
         Ok(Box::new(SoftwareVcpu { cpu }))
     }
 
-    fn apic_placement(&self) -> ApicPlacement {
-        ApicPlacement::Machine
-    }
-
-    fn msi(&self) -> Option<Arc<dyn MsiSender>> {
-        None
-    }
-
     fn memory_changed(&self) -> Result<(), HvError> {
         Ok(())
     }
@@ -279,10 +269,6 @@ impl Vm for SoftwareVm {
     fn sync_dirty_log(&self) -> Result<(), HvError> {
         self.shared.flush_others(None);
         Ok(())
-    }
-
-    fn attach_doorbell(&self, _: Doorbell, _: Arc<dyn Signal>) -> Result<bool, HvError> {
-        Ok(false)
     }
 
     fn tsc_hz(&self) -> u64 {
@@ -330,6 +316,6 @@ impl Vcpu for SoftwareVcpu {
     }
 
     fn stats(&self) -> VcpuStats {
-        self.cpu.stats
+        self.cpu.stats.clone()
     }
 }

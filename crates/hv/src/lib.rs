@@ -5,18 +5,23 @@
 //! runs itself on the thread that calls [`Vcpu::run`] and calls back through [`VcpuIo`] for what it cannot do
 //! alone. No back end's exit codes cross this contract.
 //!
-//! The room also holds what machine and devices share with a back end: interrupt lines and message-signalled
-//! interrupts ([`irq`]), typed processor state ([`state`]), and the CPUID policy ([`cpuid`]).
+//! The room also holds what machine and devices share with a back end: interrupt lines, message-signalled interrupts
+//! and doorbells ([`irq`]), typed processor state ([`state`]), counters ([`stats`]), and the CPUID policy ([`cpuid`]).
 
 pub mod cpuid;
 pub mod irq;
 pub mod state;
+pub mod stats;
+pub mod step;
 
 use std::sync::Arc;
 
 use skep_memory::GuestMemory;
 
+use crate::irq::{BackEndApics, Doorbell, Signal};
 use crate::state::{CpuState, StateError, StateGroups};
+pub use crate::stats::VcpuStats;
+use crate::step::StepperFactory;
 
 /// How a back end would run on this host.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -29,17 +34,8 @@ pub struct Probe {
     pub reason: String,
 }
 
-/// Where the local APICs live.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum ApicPlacement {
-    /// The machine supplies them: the vCPU asks through [`VcpuIo`].
-    Machine,
-    /// The back end has its own; the machine reaches them only through [`Vm::msi`].
-    BackEnd,
-}
-
 /// Settings that hold for every vCPU of a VM.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct VmOptions {
     /// Number of vCPUs that will be created, 1 to 255.
     pub vcpus: u32,
@@ -47,6 +43,38 @@ pub struct VmOptions {
     pub cpuid: cpuid::CpuidTable,
     /// Guest TSC frequency in Hz; `None` takes the host's.
     pub tsc_hz: Option<u64>,
+    /// What leaves the guest.
+    pub exits: ExitControls,
+    /// Finishes instructions that the back end cannot. A back end that can do all by itself does not use it.
+    pub stepper: Option<Arc<dyn StepperFactory>>,
+}
+
+impl Default for VmOptions {
+    /// One vCPU that shows nothing in CPUID, at the host's TSC frequency.
+    fn default() -> Self {
+        let exits = ExitControls::default();
+        Self { vcpus: 1, cpuid: cpuid::CpuidTable::default(), tsc_hz: None, exits, stepper: None }
+    }
+}
+
+/// What a waiting guest does to the host's processor. A back end without hardware virtualization ignores these.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ExitControls {
+    /// HLT leaves the guest, so that the host's processor can do other work (bhyve's `-H`). Without it a halted vCPU
+    /// keeps its host processor.
+    pub hlt: bool,
+    /// PAUSE leaves the guest when it is run in a loop, so that the host can run the vCPU which is waited for (bhyve's
+    /// `-P`).
+    pub pause: bool,
+    /// For how long, in ns, a halted vCPU polls for work before its thread sleeps; `None` leaves it to the host.
+    pub halt_poll_ns: Option<u32>,
+}
+
+impl Default for ExitControls {
+    /// Both leave, and the host decides about polling.
+    fn default() -> Self {
+        Self { hlt: true, pause: true, halt_poll_ns: None }
+    }
 }
 
 /// One way of running CPUs.
@@ -58,6 +86,10 @@ pub trait Hypervisor {
     fn tsc_hz(&self) -> u64 {
         1_000_000_000
     }
+    /// What CPUID may show: the host's own table, less what this back end cannot give to guests.
+    fn cpuid(&self) -> Result<cpuid::CpuidTable, HvError> {
+        Ok(cpuid::host())
+    }
     /// Creates a VM over `memory`. Nothing runs yet.
     fn create_vm(&self, memory: GuestMemory, options: VmOptions) -> Result<Arc<dyn Vm>, HvError>;
 }
@@ -66,18 +98,26 @@ pub trait Hypervisor {
 pub trait Vm: Send + Sync {
     /// Creates vCPU `id` (its APIC ID; 0 is the bootstrap processor) in its reset state, SDM vol. 3A §11.1.1.
     fn create_vcpu(&self, id: u32) -> Result<Box<dyn Vcpu>, HvError>;
-    /// Who models the local APICs.
-    fn apic_placement(&self) -> ApicPlacement;
-    /// The sender of message-signalled interrupts, where the back end has the local APICs.
-    fn msi(&self) -> Option<Arc<dyn irq::MsiSender>>;
+    /// The back end's own local APICs. `None`: the machine supplies them, and vCPUs ask through [`VcpuIo`].
+    fn apics(&self) -> Option<Arc<dyn BackEndApics>> {
+        None
+    }
     /// Tells the back end that the region layout of guest memory has changed (all vCPUs are out of the guest).
     fn memory_changed(&self) -> Result<(), HvError>;
     /// Brings the dirty log of guest memory up to date with every write that a vCPU has made so far, and makes
     /// sure that later writes are logged again. Callable while vCPUs run.
     fn sync_dirty_log(&self) -> Result<(), HvError>;
-    /// Asks for `line` to be signalled without leaving the guest when the guest writes `doorbell`. A back end that
-    /// has no such path says `false`, and the write reaches [`VcpuIo`] as any other.
-    fn attach_doorbell(&self, doorbell: Doorbell, event: Arc<dyn irq::Signal>) -> Result<bool, HvError>;
+    /// Asks for `event` to be signalled without leaving the guest when the guest writes `doorbell`; the event must have
+    /// a descriptor ([`Signal::event_fd`]). A back end that has no such path says `false`, and the write reaches
+    /// [`VcpuIo`] as any other.
+    fn attach_doorbell(&self, doorbell: Doorbell, event: &Arc<dyn Signal>) -> Result<bool, HvError> {
+        let _ = (doorbell, event);
+        Ok(false)
+    }
+    /// Takes back a doorbell that was attached.
+    fn detach_doorbell(&self, doorbell: Doorbell, event: &Arc<dyn Signal>) {
+        let _ = (doorbell, event);
+    }
     /// Frequency of the guest's TSC in Hz.
     fn tsc_hz(&self) -> u64;
     /// The TSC of `vcpu` now, as RDTSC would show it; any thread may ask. The machine converts TSC deadlines to host
@@ -86,26 +126,6 @@ pub trait Vm: Send + Sync {
         let _ = vcpu;
         (u128::from(monotonic_ns()) * u128::from(self.tsc_hz()) / 1_000_000_000) as u64
     }
-}
-
-/// A guest write that stands for an event.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub struct Doorbell {
-    /// Where: guest physical address or port.
-    pub address: IoAddress,
-    /// Width of the write in bytes (1, 2, 4, 8); 0 for any width.
-    pub width: u8,
-    /// Only this value counts, or any.
-    pub value: Option<u64>,
-}
-
-/// A place in one of the two I/O spaces.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum IoAddress {
-    /// Port I/O.
-    Port(u16),
-    /// Memory-mapped I/O at a guest physical address.
-    Memory(u64),
 }
 
 /// Stops [`Vcpu::run`] from any thread.
@@ -181,13 +201,19 @@ pub trait VcpuIo {
     /// A write to a guest physical address that no (writable) memory backs.
     fn memory_write(&mut self, gpa: u64, width: u8, value: u64) -> IoFlow;
 
-    // The local APIC, for back ends with `ApicPlacement::Machine`.
+    // The local APIC. A back end with APICs of its own asks the first two for interrupts of the 8259 pair alone, tells
+    // the third, and does not call the others.
 
     /// What the local APIC has for the processor now. Cheap: called after every wake and whenever interrupts
     /// become possible. Also the place where the APIC's timer is looked at.
     fn interrupts(&mut self) -> Pending;
     /// The processor takes the interrupt that [`Pending::vector`] announced: INTA. `None` if it has gone.
     fn acknowledge(&mut self) -> Option<u8>;
+    /// A level-triggered interrupt with this vector has ended: told by back ends with APICs of their own, for the vectors of
+    /// [`BackEndApics::set_pin`].
+    fn end_of_interrupt(&mut self, vector: u8) {
+        let _ = vector;
+    }
     /// The processor takes a pending NMI.
     fn acknowledge_nmi(&mut self);
     /// The processor acts on INIT or start-up.
@@ -202,6 +228,12 @@ pub trait VcpuIo {
     fn apic_msr_write(&mut self, msr: u32, value: u64) -> Option<IoFlow>;
     /// Sends a fixed, lowest-priority or NMI IPI to the APIC IDs in `targets` (paravirtual send-IPI hypercall).
     fn send_ipis(&mut self, icr: u64, targets: &mut dyn Iterator<Item = u32>);
+
+    /// The back end could not execute the instruction at `rip` (linear address; `bytes` as far as they can be read), and
+    /// the stepper has. Told for every one.
+    fn emulated(&mut self, rip: u64, bytes: &[u8]) {
+        let _ = (rip, bytes);
+    }
 }
 
 /// What waits at a local APIC, in the order of priority in which a processor looks at it.
@@ -223,30 +255,6 @@ pub fn monotonic_ns() -> u64 {
     use std::time::Instant;
     static START: OnceLock<Instant> = OnceLock::new();
     START.get_or_init(Instant::now).elapsed().as_nanos() as u64
-}
-
-/// Counters of one vCPU.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize)]
-#[serde(rename_all = "camelCase")]
-pub struct VcpuStats {
-    /// Guest instructions retired, where the back end can count them, else 0.
-    pub instructions: u64,
-    /// Port reads and writes.
-    pub port_io: u64,
-    /// Memory-mapped reads and writes.
-    pub memory_io: u64,
-    /// Interrupts delivered, NMIs included.
-    pub interrupts: u64,
-    /// Exceptions delivered.
-    pub exceptions: u64,
-    /// Times the vCPU halted.
-    pub halts: u64,
-    /// Time spent halted, ns.
-    pub halted_ns: u64,
-    /// Blocks decoded or translated.
-    pub blocks: u64,
-    /// Soft-TLB misses.
-    pub tlb_misses: u64,
 }
 
 /// A back end's refusal or failure.

@@ -18,12 +18,14 @@ pub struct StateGroups {
     pub debug: bool,
     /// Interrupt shadow, pending exception and NMI, halt state.
     pub events: bool,
+    /// The local APIC, of back ends that bring their own.
+    pub apic: bool,
 }
 
 impl StateGroups {
     /// Every group.
     pub const ALL: Self =
-        Self { general: true, system: true, fpu: true, msrs: true, debug: true, events: true };
+        Self { general: true, system: true, fpu: true, msrs: true, debug: true, events: true, apic: true };
 }
 
 /// The state of one vCPU; a group that was not asked for is `None`.
@@ -41,6 +43,8 @@ pub struct CpuState {
     pub debug: Option<Debug>,
     /// Events.
     pub events: Option<Events>,
+    /// Local APIC; `None` too where the machine has it.
+    pub apic: Option<Apic>,
 }
 
 /// General registers in encoding order (RAX, RCX, RDX, RBX, RSP, RBP, RSI, RDI, R8-R15), RIP and RFLAGS.
@@ -129,6 +133,14 @@ pub struct Debug {
     pub dr6: u64,
     /// DR7.
     pub dr7: u64,
+}
+
+/// A local APIC as the registers of its page show it (SDM vol. 3A table 11-1): 64 registers of 32 bits, which stand 16
+/// bytes apart. IA32_APIC_BASE is in [`System::apic_base`], IA32_TSC_DEADLINE among the MSRs.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Apic {
+    /// Register `n` is the one at offset `16 * n`.
+    pub registers: Vec<u32>,
 }
 
 /// What a processor is doing.

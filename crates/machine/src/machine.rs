@@ -86,7 +86,7 @@ pub struct Stats {
 }
 
 /// Counters of one vCPU.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct VcpuCount {
     /// Its number.
     pub vcpu: u32,
@@ -168,7 +168,12 @@ impl Machine {
 
         let tsc_hz = hypervisor.tsc_hz();
         let cpuid = accel::cpuid(spec, tsc_hz);
-        let options = VmOptions { vcpus: spec.vcpus(), cpuid: cpuid.clone(), tsc_hz: Some(tsc_hz) };
+        let options = VmOptions {
+            vcpus: spec.vcpus(),
+            cpuid: cpuid.clone(),
+            tsc_hz: Some(tsc_hz),
+            ..VmOptions::default()
+        };
         let vm = hypervisor.create_vm(memory.clone(), options)?;
         let timer = Arc::new(Timer::default());
         let serial = SerialPorts::new(serial_spec);

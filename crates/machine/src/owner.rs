@@ -38,8 +38,15 @@ pub(crate) struct Owner {
 }
 
 /// The general and system registers.
-const REGISTERS: StateGroups =
-    StateGroups { general: true, system: true, fpu: false, msrs: false, debug: false, events: false };
+const REGISTERS: StateGroups = StateGroups {
+    general: true,
+    system: true,
+    fpu: false,
+    msrs: false,
+    debug: false,
+    events: false,
+    apic: false,
+};
 
 /// The MSR that places a local APIC (SDM vol. 3A §11.4.4).
 const IA32_APIC_BASE: u32 = 0x1b;

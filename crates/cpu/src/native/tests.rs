@@ -24,7 +24,7 @@ fn processor(hide: impl Fn(u32, u32, &mut CpuidLeaf)) -> Box<Cpu> {
     }
     let ram = RegionSpec { start: 0, size: 1 << 20, kind: RegionKind::Ram };
     let memory = GuestMemory::new(&[ram]).expect("a region");
-    let shared = Shared::new(VmOptions { vcpus: 1, cpuid, tsc_hz: Some(1_000_000_000) });
+    let shared = Shared::new(VmOptions { cpuid, tsc_hz: Some(1_000_000_000), ..VmOptions::default() });
     let tsc = Tsc::new(shared.tsc_hz);
     let mut cpu = Cpu::new(0, memory, shared, Arc::new(Mailbox::new()), tsc).expect("a processor");
     cpu.cr0 |= cr0::PE | cr0::NE;

@@ -63,7 +63,7 @@ impl Subject {
     pub fn new() -> Result<Self, SubjectError> {
         let ram = RegionSpec { start: 0, size: MEMORY, kind: RegionKind::Ram };
         let memory = GuestMemory::new(&[ram])?;
-        let options = VmOptions { vcpus: 1, cpuid: cpuid(), tsc_hz: Some(1_000_000_000) };
+        let options = VmOptions { cpuid: cpuid(), tsc_hz: Some(1_000_000_000), ..VmOptions::default() };
         let shared = Shared::new(options);
         let tsc = Tsc::new(shared.tsc_hz);
         let mut cpu = Cpu::new(0, memory, shared, Arc::new(Mailbox::new()), tsc)?;

@@ -110,6 +110,8 @@ impl Cpu {
                 dr7: self.dr7,
             }),
             events: groups.events.then_some(events),
+            // The machine has it.
+            apic: None,
         })
     }
 

@@ -7,11 +7,10 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 
 use serde_json::{Value, json};
-use skep_hv::irq::{MsiSender, Signal};
 use skep_hv::state::{CpuState, StateError, StateGroups};
 use skep_hv::{
-    ApicPlacement, Doorbell, HvError, Hypervisor, IoFlow, Kick, Probe, RunEnd, Startup, Vcpu, VcpuIo,
-    VcpuStats, Vm, VmOptions, monotonic_ns,
+    HvError, Hypervisor, IoFlow, Kick, Probe, RunEnd, Startup, Vcpu, VcpuIo, VcpuStats, Vm, VmOptions,
+    monotonic_ns,
 };
 use skep_machine::{Command, End, Error, Event, EventSink, Machine, MachineSpec};
 use skep_memory::GuestMemory;
@@ -76,20 +75,11 @@ impl Vm for ScriptedVm {
             kicker: Arc::default(),
         }))
     }
-    fn apic_placement(&self) -> ApicPlacement {
-        ApicPlacement::Machine
-    }
-    fn msi(&self) -> Option<Arc<dyn MsiSender>> {
-        None
-    }
     fn memory_changed(&self) -> Result<(), HvError> {
         Ok(())
     }
     fn sync_dirty_log(&self) -> Result<(), HvError> {
         Ok(())
-    }
-    fn attach_doorbell(&self, _doorbell: Doorbell, _event: Arc<dyn Signal>) -> Result<bool, HvError> {
-        Ok(false)
     }
     fn tsc_hz(&self) -> u64 {
         1_000_000_000

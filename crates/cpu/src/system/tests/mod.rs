@@ -58,7 +58,7 @@ fn cpu() -> Box<Cpu> {
     let ram = RegionSpec { start: 0, size: 1 << 20, kind: RegionKind::Ram };
     let memory = GuestMemory::new(&[ram]).unwrap();
     let cpuid = policy(&host(), &PolicyOptions { la57: true, ..PolicyOptions::default() });
-    let shared = Shared::new(VmOptions { vcpus: 1, cpuid, tsc_hz: Some(1_000_000_000) });
+    let shared = Shared::new(VmOptions { cpuid, tsc_hz: Some(1_000_000_000), ..VmOptions::default() });
     let tsc = Tsc::new(shared.tsc_hz);
     Cpu::new(0, memory, shared, Arc::new(Mailbox::new()), tsc).unwrap()
 }
