@@ -307,14 +307,6 @@ impl Vcpu for SoftwareVcpu {
         self.cpu.power_on_reset();
     }
 
-    fn init(&mut self) {
-        self.cpu.init_reset();
-    }
-
-    fn start(&mut self, vector: u8) {
-        self.cpu.sipi(vector);
-    }
-
     fn stats(&self) -> VcpuStats {
         self.cpu.stats.clone()
     }

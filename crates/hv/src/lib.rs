@@ -159,12 +159,8 @@ pub trait Vcpu: Send {
     fn get_state(&mut self, groups: StateGroups) -> Result<CpuState, StateError>;
     /// Writes the groups that `state` holds. Only between runs.
     fn set_state(&mut self, state: &CpuState) -> Result<(), StateError>;
-    /// Resets to the power-on state (INIT keeps more; see [`Vcpu::init`]).
+    /// Resets to the power-on state (SDM vol. 3A table 11-1).
     fn reset(&mut self);
-    /// An INIT signal: as reset, but caches, FPU state and MTRRs stay (SDM vol. 3A table 11-1).
-    fn init(&mut self);
-    /// A start-up IPI: real mode at `vector << 12`.
-    fn start(&mut self, vector: u8);
     /// Counters since creation.
     fn stats(&self) -> VcpuStats;
 }

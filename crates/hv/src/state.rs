@@ -172,6 +172,8 @@ pub struct Events {
     pub nmi_pending: bool,
     /// An exception that has been raised and not yet delivered.
     pub exception: Option<PendingException>,
+    /// Vector of an external interrupt that has been acknowledged and not yet delivered.
+    pub interrupt: Option<u8>,
 }
 
 /// An exception that waits for delivery.

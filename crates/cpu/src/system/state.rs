@@ -93,6 +93,7 @@ impl Cpu {
             nmi_blocked: self.nmi_blocked,
             nmi_pending: false,
             exception: trap,
+            interrupt: None,
         };
         let mut msrs = None;
         if groups.msrs {
@@ -212,6 +213,8 @@ impl Cpu {
             state.events.and_then(|events| events.exception)
         {
             self.deliver_exception(Exception { vector, error: error_code });
+        } else if let Some(vector) = state.events.and_then(|events| events.interrupt) {
+            self.deliver_interrupt(vector);
         }
         Ok(())
     }

@@ -251,12 +251,6 @@ impl Vcpu for ScriptedVcpu {
     fn reset(&mut self) {
         (self.at, self.done, self.waiting) = (0, 0, self.id != 0);
     }
-    fn init(&mut self) {
-        self.reset();
-    }
-    fn start(&mut self, _vector: u8) {
-        self.waiting = false;
-    }
     fn stats(&self) -> VcpuStats {
         VcpuStats { instructions: self.runs, ..VcpuStats::default() }
     }
