@@ -145,8 +145,8 @@ impl ScriptedVcpu {
     fn startup(&mut self, io: &mut dyn VcpuIo) -> bool {
         while io.interrupts().startup {
             match io.acknowledge_startup() {
-                Some(Startup::Init) => self.init(),
-                Some(Startup::Sipi(vector)) => self.start(vector),
+                Some(Startup::Init) => self.reset(),
+                Some(Startup::Sipi(_)) => self.waiting = false,
                 None => {}
             }
         }
