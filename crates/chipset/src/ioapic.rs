@@ -126,6 +126,7 @@ impl IoApic {
                     old & 0xffff_ffff | u64::from(value) << 32
                 };
                 *redirection = new & entry::WRITABLE;
+                self.msi.announce_pin(pin, ending(new));
                 // Remote IRR means nothing to an edge-triggered pin: going there and back clears it, which is
                 // how an interrupt is ended at IOAPICs without an EOI register.
                 if level_triggered(new) {
@@ -152,6 +153,11 @@ fn message(redirection: u64) -> MsiMessage {
         data |= 1 << 15 | 1 << 14;
     }
     MsiMessage { address, data }
+}
+
+/// The message whose end of interrupt this pin waits for: also while it is masked, since one may be in service.
+fn ending(redirection: u64) -> Option<MsiMessage> {
+    level_triggered(redirection).then(|| message(redirection))
 }
 
 impl Device for IoApic {
@@ -190,6 +196,7 @@ impl Device for IoApic {
         let pins = self.state.pins;
         let entries = [entry::MASKED; Self::PINS as usize];
         self.state = IoApicState { select: 0, id: 0, entries, pins };
+        (0..Self::PINS).for_each(|pin| self.msi.announce_pin(pin, None));
     }
 }
 
@@ -208,6 +215,9 @@ impl Snapshot for IoApic {
             return Err(RestoreError { device: "ioapic", what: "reserved bits are set" });
         }
         self.state = state.clone();
+        for (pin, &redirection) in (0..).zip(&self.state.entries) {
+            self.msi.announce_pin(pin, ending(redirection));
+        }
         Ok(())
     }
 }

@@ -35,6 +35,11 @@ pub struct MsiMessage {
 pub trait MsiSender: Send + Sync {
     /// Delivers `message`. Messages outside the APIC block are dropped.
     fn send(&self, message: MsiMessage);
+    /// Says which level-triggered message IOAPIC input `pin` (0 to 23) sends from now on; `None` if it sends none. Local
+    /// APICs in a back end tell the end of these alone ([`crate::VcpuIo::end_of_interrupt`]); the machine's own tell all.
+    fn announce_pin(&self, pin: u8, message: Option<MsiMessage>) {
+        let _ = (pin, message);
+    }
 }
 
 /// A source of message-signalled interrupts: an entry of an MSI-X table, for example.
@@ -51,11 +56,6 @@ pub trait MessageLine: Send + Sync {
 
 /// Local APICs that a back end brings.
 pub trait BackEndApics: MsiSender {
-    /// The message that IOAPIC input `pin` (0 to 23) will send, `None` if it is masked. The back end tells the end of the
-    /// level-triggered ones ([`crate::VcpuIo::end_of_interrupt`]).
-    fn set_pin(&self, pin: u8, message: Option<MsiMessage>);
-    /// Drives LINT1 of every local APIC: NMI, where the guest has programmed it so.
-    fn nmi(&self);
     /// A new source of messages with a path through the host's kernel.
     fn message_line(&self) -> Result<Arc<dyn MessageLine>, HvError>;
 }

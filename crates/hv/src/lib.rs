@@ -206,7 +206,7 @@ pub trait VcpuIo {
     /// The processor takes the interrupt that [`Pending::vector`] announced: INTA. `None` if it has gone.
     fn acknowledge(&mut self) -> Option<u8>;
     /// A level-triggered interrupt with this vector has ended: told by back ends with APICs of their own, for the vectors of
-    /// [`BackEndApics::set_pin`].
+    /// [`irq::MsiSender::announce_pin`].
     fn end_of_interrupt(&mut self, vector: u8) {
         let _ = vector;
     }

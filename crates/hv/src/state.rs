@@ -23,6 +23,16 @@ pub struct StateGroups {
 }
 
 impl StateGroups {
+    /// No group.
+    pub const NONE: Self = Self {
+        general: false,
+        system: false,
+        fpu: false,
+        msrs: false,
+        debug: false,
+        events: false,
+        apic: false,
+    };
     /// Every group.
     pub const ALL: Self =
         Self { general: true, system: true, fpu: true, msrs: true, debug: true, events: true, apic: true };

@@ -1,6 +1,6 @@
 //! Runs one machine without Node: the serial console on stdin and stdout, bhyve's exit status.
 //!
-//! `run (--kernel FILE [--initrd FILE] [--cmdline TEXT] [--module FILE]... | --rom FILE) [-m MIB] [-c CPUS] [--debug-exit] [--exit-on-reboot]
+//! `run (--kernel FILE [--initrd FILE] [--cmdline TEXT] [--module FILE]... | --rom FILE) [-m MIB] [-c CPUS] [--accel software|kvm] [--debug-exit] [--exit-on-reboot]
 //! [--stats]`
 
 use std::io::{Read, Write};
@@ -51,6 +51,7 @@ fn spec(mut args: std::env::Args) -> Option<(Value, bool)> {
             "--debug-exit" => spec["debugExit"] = true.into(),
             "--exit-on-reboot" => spec["onReboot"] = "exit".into(),
             "--stats" => stats = true,
+            "--accel" => spec["accel"] = args.next()?.into(),
             "--kernel" | "--initrd" | "--cmdline" => boot[&arg[2..]] = args.next()?.into(),
             "--module" => {
                 boot["modules"].as_array_mut()?.push(json!({ "path": args.next()?, "cmdline": "" }))
@@ -69,14 +70,14 @@ fn main() -> ExitCode {
     let Some((spec, stats)) = spec(std::env::args()) else {
         eprintln!(
             "usage: run (--kernel FILE [--initrd FILE] [--cmdline TEXT] [--module FILE]... | --rom FILE)\n           \
-             [-m MIB] [-c CPUS] [--debug-exit] [--exit-on-reboot] [--stats]"
+             [-m MIB] [-c CPUS] [--accel software|kvm] [--debug-exit] [--exit-on-reboot] [--stats]"
         );
         return ExitCode::from(4);
     };
     let (ended, end) = channel();
     let sink = Arc::new(Terminal { machine: OnceLock::new(), ended });
     let created = MachineSpec::from_json(&spec.to_string())
-        .and_then(|spec| Machine::create(&spec, &*skep_machine::hypervisor(&spec), sink.clone()));
+        .and_then(|spec| Machine::create(&spec, &*skep_machine::hypervisor(&spec)?, sink.clone()));
     let machine = match created {
         Ok(machine) => Arc::new(machine),
         Err(error) => {

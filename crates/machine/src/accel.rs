@@ -3,14 +3,20 @@
 use skep_cpu::Software;
 use skep_hv::Hypervisor;
 use skep_hv::cpuid::{self, CpuidTable, PolicyOptions, policy};
+use skep_kvm::{Kvm, KvmOptions};
 
+use crate::error::Error;
 use crate::spec::{Accel, Engine, MachineSpec};
 
 /// The back end that `spec` asks for.
-pub fn hypervisor(spec: &MachineSpec) -> Box<dyn Hypervisor> {
-    match (spec.accel, spec.engine) {
+///
+/// # Errors
+/// This host does not have it, or does not let this process use it; the text names the remedy.
+pub fn hypervisor(spec: &MachineSpec) -> Result<Box<dyn Hypervisor>, Error> {
+    Ok(match (spec.accel, spec.engine) {
         (Accel::Software, Engine::Interpreter) => Box::new(Software::new()),
-    }
+        (Accel::Kvm, _) => Box::new(Kvm::open(KvmOptions::default())?),
+    })
 }
 
 /// What CPUID shows to the guest of a back end whose TSC runs at `tsc_hz`.

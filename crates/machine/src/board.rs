@@ -6,13 +6,14 @@ use skep_boot::MemoryLayout;
 use skep_boot::layout::{self, COM_IRQS, COM_PORTS, FOUR_GIB, KEYBOARD_IRQ, MOUSE_IRQ, RTC_IRQ, SCI_IRQ};
 use skep_chipset::hpet::HpetLines;
 use skep_chipset::{
-    Access, AcpiPm, ApicConfig, DebugExit, Device, Effect, Hpet, IoApic, IrqChip, LegacyGate, LocalApics,
-    Pit, PostPort, Ps2, ResetControl, Rtc, RtcConfig, TscClock, Uart, Window,
+    Access, AcpiPm, ApicConfig, DebugExit, Device, Effect, Hpet, IoApic, IrqChip, LegacyGate, Pit, PostPort,
+    Ps2, ResetControl, Rtc, RtcConfig, TscClock, Uart, Window,
 };
 use skep_hv::cpuid::CpuidTable;
-use skep_hv::irq::Signal;
+use skep_hv::irq::{BackEndApics, Signal};
 use skep_hv::monotonic_ns;
 
+use crate::apics::Apics;
 use crate::bus::{Bus, lock};
 use crate::clock;
 use crate::error::Error;
@@ -28,7 +29,7 @@ pub(crate) struct Board {
     /// Registers by address.
     pub(crate) bus: Bus,
     /// The local APICs.
-    pub(crate) apics: Arc<LocalApics>,
+    pub(crate) apics: Apics,
     /// COM1 to COM4.
     pub(crate) uarts: [Shared<Uart>; 4],
     pm: Shared<AcpiPm>,
@@ -41,6 +42,8 @@ pub(crate) struct Parts<'a> {
     pub(crate) cpuid: &'a CpuidTable,
     pub(crate) tsc: Arc<dyn TscClock>,
     pub(crate) timer: Arc<Timer>,
+    /// Local APICs that the back end brings.
+    pub(crate) back_end: Option<Arc<dyn BackEndApics>>,
     /// What the UARTs call when they have output or room for input.
     pub(crate) attention: [Arc<dyn Signal>; 4],
 }
@@ -52,15 +55,16 @@ fn shared<D: Device>(device: D) -> Shared<D> {
 impl Board {
     /// Makes the devices and wires them.
     pub(crate) fn new(parts: Parts<'_>) -> Result<Self, Error> {
-        let Parts { spec, layout, cpuid, tsc, timer, attention } = parts;
+        let Parts { spec, layout, cpuid, tsc, timer, back_end, attention } = parts;
         let now = monotonic_ns();
-        let apics = LocalApics::new(ApicConfig {
+        let config = ApicConfig {
             vcpus: spec.vcpus(),
             x2apic: cpuid.get(1, 0).is_none_or(|leaf| leaf.ecx & 1 << 21 != 0),
             physical_bits: cpuid.get(0x8000_0008, 0).map_or(46, |leaf| leaf.eax as u8),
             tsc,
-        });
-        let chip = IrqChip::new(apics.clone(), apics.lint0());
+        };
+        let apics = Apics::new(config, back_end);
+        let chip = IrqChip::new(apics.msi(), apics.lint0());
         let controller: Arc<dyn skep_chipset::ExternalController> = chip.clone();
         apics.attach_controller(Arc::downgrade(&controller));
 
@@ -73,7 +77,7 @@ impl Board {
                 (gsi < usize::from(IoApic::PINS)).then(|| chip.gsi_line(gsi as u8))
             }),
             legacy: [chip.isa_line(0), chip.isa_line(RTC_IRQ)],
-            msi: apics.clone(),
+            msi: apics.msi(),
         };
         let rtc = RtcConfig {
             time: clock::time_of_day(spec.rtc),
@@ -182,6 +186,7 @@ mod tests {
         let layout = MemoryLayout::new(spec.memory.size, 0).unwrap();
         let serial = crate::serial::SerialPorts::new(spec.serial_ports().unwrap());
         let board = Board::new(Parts {
+            back_end: None,
             spec: &spec,
             layout: &layout,
             cpuid: &CpuidTable::default(),

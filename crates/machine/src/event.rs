@@ -135,6 +135,20 @@ pub enum Event {
         /// When.
         time: u64,
     },
+    /// The back end could not execute an instruction, and the software CPU's interpreter has. Told for the first ones of
+    /// a vCPU and then ever more rarely: at counts that are powers of two.
+    Emulated {
+        /// The vCPU.
+        vcpu: u32,
+        /// Linear address of the instruction.
+        rip: u64,
+        /// Its bytes in hexadecimal, as far as they are known.
+        bytes: String,
+        /// How many instructions of this vCPU that were by now.
+        count: u64,
+        /// When.
+        time: u64,
+    },
     /// A console whose input was full has room again.
     ConsoleDrain {
         /// COM port, 1 to 4.

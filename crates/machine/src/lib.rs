@@ -18,6 +18,7 @@
 //! Guest time goes on while a machine is paused: clocks show the host's time when it is resumed.
 
 mod accel;
+mod apics;
 mod board;
 mod bus;
 mod clock;

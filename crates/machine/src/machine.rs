@@ -183,6 +183,7 @@ impl Machine {
             cpuid: &cpuid,
             tsc: Arc::new(VmTsc(vm.clone())),
             timer: timer.clone(),
+            back_end: vm.apics(),
             attention: serial.attention(),
         })?);
         let mut vcpus = (0..spec.vcpus()).map(|id| vm.create_vcpu(id)).collect::<Result<Vec<_>, _>>()?;

@@ -6,7 +6,7 @@ use std::sync::mpsc::{Receiver, channel};
 
 use skep_boot::BootOptions;
 use skep_chipset::Effect;
-use skep_hv::state::{CpuState, StateGroups};
+use skep_hv::state::{Activity, CpuState, StateGroups};
 use skep_hv::{RunEnd, Vm, monotonic_ns};
 use skep_memory::GuestMemory;
 
@@ -38,15 +38,7 @@ pub(crate) struct Owner {
 }
 
 /// The general and system registers.
-const REGISTERS: StateGroups = StateGroups {
-    general: true,
-    system: true,
-    fpu: false,
-    msrs: false,
-    debug: false,
-    events: false,
-    apic: false,
-};
+const REGISTERS: StateGroups = StateGroups { general: true, system: true, ..StateGroups::NONE };
 
 /// The MSR that places a local APIC (SDM vol. 3A §11.4.4).
 const IA32_APIC_BASE: u32 = 0x1b;
@@ -164,6 +156,10 @@ impl Owner {
         }
         match report {
             Report::Parked => {}
+            Report::Emulated { rip, bytes, count } => {
+                let bytes = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+                self.tell(|time| Event::Emulated { vcpu, rip, bytes, count, time });
+            }
             Report::Halted => {
                 if self.vcpus.iter().all(|vcpu| vcpu.status.idle()) && !self.wake_pending() {
                     let detail = "every vCPU has halted with interrupts disabled";
@@ -189,12 +185,17 @@ impl Owner {
         }
     }
 
-    /// Whether some vCPU is about to be woken by a signal that HLT with interrupts disabled still obeys.
+    /// Whether some vCPU is about to be woken by a signal that HLT with interrupts disabled still obeys. All stand still.
     fn wake_pending(&self) -> bool {
-        let now = monotonic_ns();
-        (0..self.board.apics.count()).any(|vcpu| {
-            let pending = self.board.apics.pending(vcpu, now);
-            pending.nmi || pending.startup
+        const EVENTS: StateGroups = StateGroups { events: true, ..StateGroups::NONE };
+        (0..).zip(&self.vcpus).any(|(id, vcpu)| {
+            let pending = self.board.apics.pending(id);
+            if self.board.apics.machine().is_some() {
+                return pending.nmi || pending.startup;
+            }
+            let state = self.ask(vcpu, |reply| Order::Get(EVENTS, reply));
+            let events = state.ok().and_then(|state| state.ok()?.events).unwrap_or_default();
+            events.nmi_pending || events.activity == Activity::Running
         })
     }
 
@@ -292,9 +293,9 @@ impl Owner {
     /// What a vCPU holds, and what its local APIC holds of its registers.
     fn get_registers(&self, vcpu: u32) -> Result<CpuState, Error> {
         let mut state = self.ask(self.vcpu(vcpu)?, |reply| Order::Get(REGISTERS, reply))??;
-        if let Some(system) = &mut state.system {
-            system.apic_base = self.board.apics.apic_base(vcpu);
-            system.cr8 = self.board.apics.cr8(vcpu).into();
+        if let (Some(system), Some(apics)) = (&mut state.system, self.board.apics.machine()) {
+            system.apic_base = apics.apic_base(vcpu);
+            system.cr8 = apics.cr8(vcpu).into();
         }
         Ok(state)
     }
@@ -307,12 +308,12 @@ impl Owner {
         let before = self.get_registers(vcpu)?;
         let mut state = before.clone();
         registers::patch(&mut state, json)?;
-        let (apics, old, new) =
-            (&self.board.apics, before.system.unwrap_or_default(), state.system.unwrap_or_default());
+        let (old, new) = (before.system.unwrap_or_default(), state.system.unwrap_or_default());
         if new.cr8 > 15 {
             return Err(Error::Registers(format!("cr8 cannot be {:#x}: it has four bits", new.cr8)));
         }
         self.ask(thread, |reply| Order::Set(Box::new(state), reply))??;
+        let Some(apics) = self.board.apics.machine() else { return Ok(()) };
         let accepted = old.apic_base == new.apic_base
             || apics.msr_write(vcpu, IA32_APIC_BASE, new.apic_base, monotonic_ns()).is_some();
         if !accepted {

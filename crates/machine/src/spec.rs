@@ -86,6 +86,8 @@ pub struct Memory {
 pub enum Accel {
     /// The software CPU.
     Software,
+    /// Linux KVM.
+    Kvm,
 }
 
 /// Engines of the software CPU.

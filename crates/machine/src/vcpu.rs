@@ -2,11 +2,12 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
-use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError, channel};
 use std::sync::{Arc, Mutex};
 use std::thread::{Builder, JoinHandle};
+use std::time::Duration;
 
-use skep_chipset::{Effect, Space};
+use skep_chipset::{Effect, LocalApics, Space};
 use skep_hv::state::{CpuState, StateError, StateGroups};
 use skep_hv::{IoFlow, Kick, Pending, RunEnd, Startup, Vcpu, VcpuIo, VcpuStats, monotonic_ns};
 
@@ -14,6 +15,12 @@ use crate::board::Board;
 use crate::bus::{Outcome, lock};
 use crate::error::Error;
 use crate::machine::{Message, panic_text};
+
+/// After what time a halted processor whose local APIC is out of sight is run again, to see whether it is still halted.
+const LOOK_AGAIN: Duration = Duration::from_secs(1);
+
+/// How many instructions executed for the back end are told one by one.
+const EMULATED_TOLD: u64 = 16;
 
 /// What the owner thread asks of a vCPU thread. Orders are followed in turn, between runs.
 pub(crate) enum Order {
@@ -46,6 +53,8 @@ pub(crate) enum Report {
     Ended(RunEnd),
     /// A write of the guest's asks something of the whole machine. The vCPU stands still.
     Effect(Outcome),
+    /// The software CPU has executed an instruction for the back end; it goes on.
+    Emulated { rip: u64, bytes: Vec<u8>, count: u64 },
 }
 
 /// What a processor is waiting for, as others may see it.
@@ -74,9 +83,11 @@ impl Status {
         !self.is(Activity::Running)
     }
 
-    /// After power-on or INIT: the bootstrap processor runs, the others wait.
-    fn reset(&self, id: u32) {
-        self.set(if id == 0 { Activity::Running } else { Activity::WaitForSipi });
+    /// After power-on or INIT: the bootstrap processor runs, the others wait. Those of a back end with APICs of its own
+    /// wait inside of it, and count as running.
+    fn reset(&self, id: u32, board: &Board) {
+        let runs = id == 0 || board.apics.machine().is_none();
+        self.set(if runs { Activity::Running } else { Activity::WaitForSipi });
     }
 }
 
@@ -121,7 +132,7 @@ impl VcpuThread {
     ) -> Result<Self, Error> {
         let (orders, inbox) = channel();
         let status = Arc::new(Status(AtomicU8::new(0)));
-        status.reset(id);
+        status.reset(id, &board);
         let kick = vcpu.kicker();
         let looking = Arc::new(AtomicBool::new(false));
         let waker = Waker {
@@ -132,7 +143,7 @@ impl VcpuThread {
         };
         board.apics.attach_cpu(id, Arc::new(waker));
         let name = format!("skep-vcpu{id}");
-        let view = View { id, board, status: status.clone(), reports, left: false };
+        let view = View { id, board, status: status.clone(), reports, left: false, emulated: 0 };
         let body = Body { vcpu, view, inbox, looking, allowed: false, blocked: false };
         let thread = Builder::new()
             .name(name.clone())
@@ -196,9 +207,18 @@ impl Body {
                     Err(TryRecvError::Disconnected) => return,
                 }
             } else {
-                match self.inbox.recv() {
+                let order = if self.looks_again() {
+                    self.inbox.recv_timeout(LOOK_AGAIN)
+                } else {
+                    self.inbox.recv().map_err(|_| RecvTimeoutError::Disconnected)
+                };
+                match order {
                     Ok(order) => Some(order),
-                    Err(_) => return,
+                    Err(RecvTimeoutError::Timeout) => {
+                        self.blocked = false;
+                        continue;
+                    }
+                    Err(RecvTimeoutError::Disconnected) => return,
                 }
             };
             match order {
@@ -229,9 +249,14 @@ impl Body {
         }
     }
 
+    /// A processor that has halted for good, and whose local APIC is the back end's, is not woken by anybody outside.
+    fn looks_again(&self) -> bool {
+        self.allowed && self.view.status.is(Activity::Halted) && self.view.apics().is_none()
+    }
+
     fn reset(&mut self, state: Option<&CpuState>) {
         self.vcpu.reset();
-        self.view.status.reset(self.view.id);
+        self.view.status.reset(self.view.id, &self.view.board);
         if let Some(error) = state.and_then(|state| self.vcpu.set_state(state).err()) {
             let text = format!("the boot state was refused: {error}");
             self.view.report(Report::Ended(RunEnd::Failed(text)));
@@ -272,6 +297,8 @@ struct View {
     reports: Sender<Message>,
     /// An effect was reported during this run.
     left: bool,
+    /// Instructions that the software CPU has executed for the back end.
+    emulated: u64,
 }
 
 impl View {
@@ -291,8 +318,19 @@ impl View {
 
     /// Whether something waits that ends a halt with interrupts disabled.
     fn left_by_halt(&self) -> bool {
-        let pending = self.board.apics.pending(self.id, monotonic_ns());
+        let pending = self.board.apics.pending(self.id);
         pending.nmi || pending.startup
+    }
+
+    /// This processor's local APIC, where it is ours.
+    fn apics(&self) -> Option<&LocalApics> {
+        self.board.apics.machine().map(|apics| &**apics)
+    }
+
+    /// The offset in the page of our local APIC, if `gpa` is in it.
+    fn apic_register(&self, gpa: u64) -> Option<(&LocalApics, u64)> {
+        let apics = self.apics()?;
+        Some((apics, apics.mmio_offset(self.id, gpa)?))
     }
 }
 
@@ -307,16 +345,16 @@ impl VcpuIo for View {
     }
 
     fn memory_read(&mut self, gpa: u64, width: u8) -> u64 {
-        match self.board.apics.mmio_offset(self.id, gpa) {
-            Some(offset) => self.board.apics.mmio_read(self.id, offset, width, monotonic_ns()),
+        match self.apic_register(gpa) {
+            Some((apics, offset)) => apics.mmio_read(self.id, offset, width, monotonic_ns()),
             None => self.board.bus.read(Space::Memory, gpa, width),
         }
     }
 
     fn memory_write(&mut self, gpa: u64, width: u8, value: u64) -> IoFlow {
-        match self.board.apics.mmio_offset(self.id, gpa) {
-            Some(offset) => {
-                self.board.apics.mmio_write(self.id, offset, width, value, monotonic_ns());
+        match self.apic_register(gpa) {
+            Some((apics, offset)) => {
+                apics.mmio_write(self.id, offset, width, value, monotonic_ns());
                 IoFlow::Continue
             }
             None => {
@@ -327,21 +365,27 @@ impl VcpuIo for View {
     }
 
     fn interrupts(&mut self) -> Pending {
-        self.board.apics.pending(self.id, monotonic_ns())
+        self.board.apics.pending(self.id)
     }
 
     fn acknowledge(&mut self) -> Option<u8> {
-        self.board.apics.acknowledge(self.id, monotonic_ns())
+        self.board.apics.acknowledge(self.id)
+    }
+
+    fn end_of_interrupt(&mut self, vector: u8) {
+        self.board.apics.end_of_interrupt(vector);
     }
 
     fn acknowledge_nmi(&mut self) {
-        self.board.apics.acknowledge_nmi(self.id);
+        if let Some(apics) = self.apics() {
+            apics.acknowledge_nmi(self.id);
+        }
     }
 
     fn acknowledge_startup(&mut self) -> Option<Startup> {
-        let startup = self.board.apics.acknowledge_startup(self.id);
+        let startup = self.apics()?.acknowledge_startup(self.id);
         match startup {
-            Some(Startup::Init) => self.status.reset(self.id),
+            Some(Startup::Init) => self.status.reset(self.id, &self.board),
             Some(Startup::Sipi(_)) => self.status.set(Activity::Running),
             None => {}
         }
@@ -349,22 +393,34 @@ impl VcpuIo for View {
     }
 
     fn cr8(&mut self) -> u8 {
-        self.board.apics.cr8(self.id)
+        self.apics().map_or(0, |apics| apics.cr8(self.id))
     }
 
     fn set_cr8(&mut self, value: u8) {
-        self.board.apics.set_cr8(self.id, value);
+        if let Some(apics) = self.apics() {
+            apics.set_cr8(self.id, value);
+        }
     }
 
     fn apic_msr_read(&mut self, msr: u32) -> Option<u64> {
-        self.board.apics.msr_read(self.id, msr, monotonic_ns())
+        self.apics()?.msr_read(self.id, msr, monotonic_ns())
     }
 
     fn apic_msr_write(&mut self, msr: u32, value: u64) -> Option<IoFlow> {
-        self.board.apics.msr_write(self.id, msr, value, monotonic_ns()).map(|()| IoFlow::Continue)
+        self.apics()?.msr_write(self.id, msr, value, monotonic_ns()).map(|()| IoFlow::Continue)
+    }
+
+    fn emulated(&mut self, rip: u64, bytes: &[u8]) {
+        self.emulated += 1;
+        let count = self.emulated;
+        if count <= EMULATED_TOLD || count.is_power_of_two() {
+            self.report(Report::Emulated { rip, bytes: bytes.to_vec(), count });
+        }
     }
 
     fn send_ipis(&mut self, icr: u64, targets: &mut dyn Iterator<Item = u32>) {
-        self.board.apics.send_ipis(icr, targets);
+        if let Some(apics) = self.apics() {
+            apics.send_ipis(icr, targets);
+        }
     }
 }

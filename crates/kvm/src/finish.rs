@@ -1,0 +1,110 @@
+//! Instructions that KVM's emulator does not know.
+//!
+//! KVM takes instructions apart when they touch memory without backing, and in modes that the processor does not
+//! virtualize. Its emulator lacks most of SSE and AVX and some more, and then gives up on the guest
+//! (KVM_EXIT_INTERNAL_ERROR). The stepper executes that one instruction on the same state and memory, and KVM goes on.
+
+use kvm_ioctls::VcpuFd;
+use skep_hv::step::{Step, Stepper};
+use skep_hv::{IoFlow, RunEnd, VcpuIo};
+
+use crate::state;
+use crate::vm::Shared;
+
+/// KVM_INTERNAL_ERROR_EMULATION.
+const EMULATION: u32 = 1;
+/// KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES.
+const BYTES_VALID: u64 = 1;
+/// #UD, which kernels without KVM_CAP_EXIT_ON_EMULATION_FAILURE raise as well.
+const UNDEFINED: u8 = 6;
+
+/// Executes what KVM cannot, for one vCPU.
+pub(crate) struct Finisher {
+    id: u32,
+    available: bool,
+    /// Made when it is first needed, which most guests never do.
+    stepper: Option<Box<dyn Stepper>>,
+}
+
+impl Finisher {
+    pub(crate) fn new(id: u32, shared: &Shared) -> Self {
+        Self { id, available: shared.options.stepper.is_some(), stepper: None }
+    }
+
+    fn stepper(&mut self, shared: &Shared) -> Result<&mut dyn Stepper, String> {
+        if self.stepper.is_none() {
+            let factory = shared.options.stepper.as_ref().filter(|_| self.available);
+            let factory = factory.ok_or("there is no interpreter to help it")?;
+            let made = factory.create(self.id, &shared.memory, &shared.options.cpuid, shared.tsc_hz);
+            self.stepper = Some(made.map_err(|error| error.to_string())?);
+        }
+        self.stepper.as_deref_mut().map(|stepper| stepper as _).ok_or_else(|| "no interpreter".into())
+    }
+
+    /// Executes the instruction that KVM has given up on.
+    pub(crate) fn finish(
+        &mut self,
+        vcpu: &VcpuFd,
+        shared: &Shared,
+        suberror: u32,
+        data: &[u64; 16],
+        length: u32,
+        io: &mut dyn VcpuIo,
+    ) -> Result<IoFlow, RunEnd> {
+        let rip = vcpu.get_regs().map_or(0, |regs| regs.rip);
+        let bytes = instruction_bytes(data, length);
+        let fail = |why: &str| {
+            let bytes = bytes.iter().map(|byte| format!(" {byte:02x}")).collect::<String>();
+            RunEnd::Failed(format!("KVM cannot execute the instruction at {rip:#x}{bytes}: {why}"))
+        };
+        if suberror != EMULATION {
+            return Err(fail(&format!("internal error {suberror}")));
+        }
+        let stepper = self.stepper(shared).map_err(|why| fail(&why))?;
+        let mut state =
+            state::get(vcpu, stepper.groups(), &shared.shape).map_err(|error| fail(&error.to_string()))?;
+        if let Some(events) = &mut state.events
+            && events.exception.is_some_and(|exception| exception.vector == UNDEFINED)
+        {
+            events.exception = None;
+        }
+        let linear = rip.wrapping_add(state.system.map_or(0, |system| system.segments[1].base));
+        let flow = match stepper.step(&mut state, io) {
+            Step::Done => IoFlow::Continue,
+            Step::Leave => IoFlow::Leave,
+            Step::TripleFault => return Err(RunEnd::TripleFault),
+            Step::Failed(why) => return Err(fail(&why)),
+        };
+        state::set(vcpu, &state, &shared.shape).map_err(|error| fail(&error.to_string()))?;
+        io.emulated(linear, &bytes);
+        Ok(flow)
+    }
+}
+
+/// The instruction as KVM has fetched it, where it says so: flags, then a byte of length and 15 bytes.
+fn instruction_bytes(data: &[u64; 16], length: u32) -> Vec<u8> {
+    if length < 3 || data[0] & BYTES_VALID == 0 {
+        return Vec::new();
+    }
+    let bytes: Vec<u8> = data[1..3].iter().flat_map(|word| word.to_le_bytes()).collect();
+    let count = usize::from(bytes[0]).min(15);
+    bytes[1..=count].to_vec()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bytes_of_the_instruction() {
+        let mut data = [0; 16];
+        data[0] = BYTES_VALID;
+        data[1] = u64::from_le_bytes([3, 0x0f, 0x6f, 0x01, 9, 9, 9, 9]);
+        assert_eq!(instruction_bytes(&data, 4), [0x0f, 0x6f, 0x01]);
+        assert_eq!(instruction_bytes(&data, 2), []);
+        data[1] |= 0xff;
+        assert_eq!(instruction_bytes(&data, 4).len(), 15);
+        data[0] = 0;
+        assert_eq!(instruction_bytes(&data, 4), []);
+    }
+}
