@@ -10,6 +10,9 @@ pub(crate) const IA32_TSC: u32 = 0x10;
 const IA32_APIC_BASE: u32 = 0x1b;
 const IA32_TSC_ADJUST: u32 = 0x3b;
 const IA32_TSC_DEADLINE: u32 = 0x6e0;
+pub(crate) const IA32_MISC_ENABLE: u32 = 0x1a0;
+/// IA32_MISC_ENABLE: what firmware switches on, and KVM leaves to firmware.
+pub(crate) const FAST_STRINGS: u64 = 1;
 const EFER: u32 = 0xc000_0080;
 const FS_BASE: u32 = 0xc000_0100;
 const GS_BASE: u32 = 0xc000_0101;

@@ -312,8 +312,10 @@ impl PowerOn {
         regs.rdx = signature.into();
         let mut msrs = msrs::read(vcpu, &shape.msrs)?;
         for (index, value) in &mut msrs {
-            if *index == msrs::IA32_TSC {
-                *value = 0;
+            match *index {
+                msrs::IA32_TSC => *value = 0,
+                msrs::IA32_MISC_ENABLE => *value |= msrs::FAST_STRINGS,
+                _ => {}
             }
         }
         Ok(Self {

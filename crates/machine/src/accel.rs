@@ -20,7 +20,7 @@ pub fn hypervisor(spec: &MachineSpec) -> Result<Box<dyn Hypervisor>, Error> {
 }
 
 /// What CPUID shows to the guest of a back end whose TSC runs at `tsc_hz`.
-pub(crate) fn cpuid(spec: &MachineSpec, tsc_hz: u64) -> CpuidTable {
+pub(crate) fn cpuid(spec: &MachineSpec, hypervisor: &dyn Hypervisor, tsc_hz: u64) -> CpuidTable {
     let options = PolicyOptions {
         vcpus: spec.vcpus(),
         cores: spec.cpus.cores,
@@ -30,5 +30,21 @@ pub(crate) fn cpuid(spec: &MachineSpec, tsc_hz: u64) -> CpuidTable {
         apic_hz: 1_000_000_000,
         ..PolicyOptions::default()
     };
-    policy(&cpuid::host(), &options)
+    let mut table = policy(&cpuid::host(), &options);
+    if spec.accel == Accel::Kvm {
+        let can = hypervisor.cpuid().unwrap();
+        for (f, i) in [(1, 0), (7, 0), (7, 2), (0xd, 1), (0x8000_0001, 0), (0x4000_0001, 0)] {
+            let (mut leaf, can) = (table.get(f, i).unwrap_or_default(), can.get(f, i).unwrap_or_default());
+            if f != 1 {
+                if f != 7 {
+                    leaf.eax &= can.eax;
+                }
+                leaf.ebx &= can.ebx;
+            }
+            leaf.ecx &= can.ecx | 1 << 31;
+            leaf.edx &= can.edx;
+            table.set(f, i, leaf);
+        }
+    }
+    table
 }
