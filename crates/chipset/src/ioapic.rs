@@ -23,7 +23,6 @@ mod entry {
 
 const SELECT: u64 = 0x00;
 const WINDOW: u64 = 0x10;
-const EOI: u64 = 0x40;
 
 /// Version 0x20, highest entry 23.
 const VERSION: u32 = (IoApic::PINS as u32 - 1) << 16 | 0x20;
@@ -49,6 +48,8 @@ impl IoApic {
     pub const BASE: u64 = 0xfec0_0000;
     /// Number of pins.
     pub const PINS: u8 = 24;
+    /// Offset of the EOI register.
+    pub const EOI: u64 = 0x40;
 
     /// `msi` takes the messages. Every pin is low and masked.
     pub fn new(msi: Arc<dyn MsiSender>) -> Self {
@@ -87,6 +88,15 @@ impl IoApic {
             *redirection |= entry::REMOTE_IRR;
             self.msi.send(message(*redirection));
         }
+    }
+
+    /// The pins, a bit each, whose level-triggered interrupt with this vector is in service.
+    pub fn in_service(&self, vector: u8) -> u32 {
+        let serves = |redirection: &u64| {
+            redirection & entry::REMOTE_IRR != 0 && (redirection & entry::VECTOR) as u8 == vector
+        };
+        let entries = (0..).zip(&self.state.entries);
+        entries.filter(|(_, redirection)| serves(redirection)).fold(0, |pins, (pin, _)| pins | 1 << pin)
     }
 
     /// A level-triggered interrupt with this vector has ended: pins that are still active send again.
@@ -186,7 +196,7 @@ impl Device for IoApic {
         match (offset, width) {
             (SELECT, _) => self.state.select = value as u8,
             (WINDOW, 4) => self.write_window(value as u32),
-            (EOI, _) => self.end_of_interrupt(value as u8),
+            (Self::EOI, _) => self.end_of_interrupt(value as u8),
             _ => {}
         }
         Effect::None
@@ -291,7 +301,7 @@ mod tests {
         ioapic.end_of_interrupt(0x41);
         assert_eq!(messages.take(), [expected]);
         ioapic.set_pin(9, false);
-        let _ = ioapic.write(EOI, 4, 0x41, 0);
+        let _ = ioapic.write(IoApic::EOI, 4, 0x41, 0);
         assert_eq!(messages.take(), []);
         assert_eq!(read_low(&mut ioapic, 9) & entry::REMOTE_IRR, 0);
     }

@@ -1,10 +1,10 @@
 //! The 8259 pair and the IOAPIC behind one handle, and the lines that lead to them.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak};
 
 use serde::{Deserialize, Serialize};
-use skep_hv::irq::{Irq, IrqLine, MsiSender};
+use skep_hv::irq::{Irq, IrqLine, MsiSender, Signal};
 
 use crate::device::{Access, Device, Effect, RestoreError, Snapshot, Window};
 use crate::ioapic::{IoApic, IoApicState};
@@ -53,6 +53,15 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 pub struct IrqChip {
     pic: Mutex<WiredPic>,
     ioapic: Arc<Mutex<WiredIoApic>>,
+    /// Lines that fall at the end of their interrupt.
+    resampled: RwLock<Vec<Resampled>>,
+}
+
+/// A line that falls at the end of its interrupt, and who is told.
+struct Resampled {
+    gsi: u8,
+    line: Weak<Source>,
+    ended: Arc<dyn Signal>,
 }
 
 /// Saved state of an [`IrqChip`].
@@ -70,7 +79,7 @@ impl IrqChip {
         (FIRST_PCI_PIN..IoApic::PINS).for_each(|pin| ioapic.set_pin(pin, true));
         let ioapic = Arc::new(Wired::new(ioapic));
         let intr = Arc::new(Intr { lint0: intr, ioapic: ioapic.clone() });
-        Arc::new(Self { pic: Wired::new(PicPair::new(intr)), ioapic })
+        Arc::new(Self { pic: Wired::new(PicPair::new(intr)), ioapic, resampled: RwLock::default() })
     }
 
     /// A new source on ISA interrupt `irq` (0-15), wired to the 8259 pair and to the IOAPIC, where it is GSI `irq`
@@ -92,7 +101,22 @@ impl IrqChip {
         self.source(None, (gsi < IoApic::PINS).then_some(gsi))
     }
 
+    /// As [`IrqChip::gsi_line`], and the line falls by itself when the guest ends the interrupt of this input; then `ended`
+    /// is signalled, and who still has something to say raises the line again. For sources that cannot tell when they are
+    /// served.
+    pub fn resampled_line(self: &Arc<Self>, gsi: u8, ended: Arc<dyn Signal>) -> Irq {
+        let line = self.new_source(None, (gsi < IoApic::PINS).then_some(gsi));
+        let mut resampled = self.resampled.write().unwrap_or_else(PoisonError::into_inner);
+        resampled.retain(|other| other.line.strong_count() != 0);
+        resampled.push(Resampled { gsi, line: Arc::downgrade(&line), ended });
+        line
+    }
+
     fn source(self: &Arc<Self>, pic: Option<u8>, gsi: Option<u8>) -> Irq {
+        self.new_source(pic, gsi)
+    }
+
+    fn new_source(self: &Arc<Self>, pic: Option<u8>, gsi: Option<u8>) -> Arc<Source> {
         Arc::new(Source { chip: self.clone(), pic, gsi, asserted: AtomicBool::new(false) })
     }
 
@@ -130,7 +154,13 @@ impl ExternalController for IrqChip {
     }
 
     fn end_of_interrupt(&self, vector: u8) {
+        let pins = lock(&self.ioapic).chip.in_service(vector);
+        let resampled = self.resampled.read().unwrap_or_else(PoisonError::into_inner);
+        let ended = || resampled.iter().filter(|other| pins >> other.gsi & 1 != 0);
+        // Down before the input is looked at again, and told after that: who raises it again raises a new interrupt.
+        ended().filter_map(|other| other.line.upgrade()).for_each(|line| line.set(false));
         lock(&self.ioapic).chip.end_of_interrupt(vector);
+        ended().for_each(|other| other.ended.signal());
     }
 }
 
@@ -187,6 +217,20 @@ pub struct IoApicWindow {
     chip: Arc<IrqChip>,
 }
 
+impl PicWindow {
+    /// The 8259's end of interrupt concerns nobody else.
+    fn ends_interrupt(&self, _offset: u64) -> bool {
+        false
+    }
+}
+
+impl IoApicWindow {
+    /// A write to the EOI register is an end of interrupt as one that a local APIC tells.
+    fn ends_interrupt(&self, offset: u64) -> bool {
+        offset == IoApic::EOI
+    }
+}
+
 macro_rules! forward_device {
     ($window:ty, $part:ident) => {
         impl Device for $window {
@@ -213,6 +257,10 @@ macro_rules! forward_device {
                 lock(&self.chip.$part).chip.read(offset, width, now)
             }
             fn write(&mut self, offset: u64, width: u8, value: u64, now: u64) -> Effect {
+                if self.ends_interrupt(offset) {
+                    self.chip.end_of_interrupt(value as u8);
+                    return Effect::None;
+                }
                 lock(&self.chip.$part).chip.write(offset, width, value, now)
             }
         }

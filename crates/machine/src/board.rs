@@ -10,14 +10,16 @@ use skep_chipset::{
     Ps2, ResetControl, Rtc, RtcConfig, TscClock, Uart, Window,
 };
 use skep_hv::cpuid::CpuidTable;
-use skep_hv::irq::{BackEndApics, Signal};
-use skep_hv::monotonic_ns;
+use skep_hv::irq::Signal;
+use skep_hv::{Vm, monotonic_ns};
+use skep_memory::GuestMemory;
 
 use crate::apics::Apics;
 use crate::bus::{Bus, lock};
 use crate::clock;
 use crate::error::Error;
 use crate::event::ResetCause;
+use crate::harness::{Doorbells, Harness};
 use crate::spec::MachineSpec;
 use crate::timer::Timer;
 
@@ -29,11 +31,14 @@ pub(crate) struct Board {
     /// Registers by address.
     pub(crate) bus: Bus,
     /// The local APICs.
-    pub(crate) apics: Apics,
+    pub(crate) apics: Arc<Apics>,
     /// COM1 to COM4.
     pub(crate) uarts: [Shared<Uart>; 4],
     pm: Shared<AcpiPm>,
 }
+
+/// Makes devices.
+pub(crate) type More<'a> = Box<dyn FnOnce(&Harness) -> Result<Vec<Shared<dyn Device>>, Error> + 'a>;
 
 /// The parts that a board is made with.
 pub(crate) struct Parts<'a> {
@@ -42,8 +47,10 @@ pub(crate) struct Parts<'a> {
     pub(crate) cpuid: &'a CpuidTable,
     pub(crate) tsc: Arc<dyn TscClock>,
     pub(crate) timer: Arc<Timer>,
-    /// Local APICs that the back end brings.
-    pub(crate) back_end: Option<Arc<dyn BackEndApics>>,
+    pub(crate) vm: &'a Arc<dyn Vm>,
+    pub(crate) memory: &'a GuestMemory,
+    /// Makes the devices that are not on every board.
+    pub(crate) more: More<'a>,
     /// What the UARTs call when they have output or room for input.
     pub(crate) attention: [Arc<dyn Signal>; 4],
 }
@@ -55,7 +62,7 @@ fn shared<D: Device>(device: D) -> Shared<D> {
 impl Board {
     /// Makes the devices and wires them.
     pub(crate) fn new(parts: Parts<'_>) -> Result<Self, Error> {
-        let Parts { spec, layout, cpuid, tsc, timer, back_end, attention } = parts;
+        let Parts { spec, layout, cpuid, tsc, timer, vm, memory, more, attention } = parts;
         let now = monotonic_ns();
         let config = ApicConfig {
             vcpus: spec.vcpus(),
@@ -63,7 +70,7 @@ impl Board {
             physical_bits: cpuid.get(0x8000_0008, 0).map_or(46, |leaf| leaf.eax as u8),
             tsc,
         };
-        let apics = Apics::new(config, back_end);
+        let apics = Arc::new(Apics::new(config, vm.apics()));
         let chip = IrqChip::new(apics.msi(), apics.lint0());
         let controller: Arc<dyn skep_chipset::ExternalController> = chip.clone();
         apics.attach_controller(Arc::downgrade(&controller));
@@ -104,10 +111,18 @@ impl Board {
         if spec.debug_exit {
             add(shared(DebugExit::new(DebugExit::PORT)));
         }
+        let doorbells = Doorbells::new(Some(vm.clone()));
+        let harness = Harness {
+            chip: chip.clone(),
+            apics: apics.clone(),
+            doorbells: doorbells.clone(),
+            memory: memory.clone(),
+        };
+        more(&harness)?.into_iter().for_each(&mut add);
         // Last, so that a reset of the whole board finds their inputs at rest.
         add(shared(chip.pic_window()));
         add(shared(chip.ioapic_window()));
-        let bus = Bus::new(devices, timer).map_err(Error::Internal)?;
+        let bus = Bus::new(devices, timer, doorbells).map_err(Error::Internal)?;
         Ok(Self { bus, apics, uarts, pm })
     }
 
@@ -177,6 +192,7 @@ impl Device for ConfigPorts {
 #[cfg(test)]
 mod tests {
     use skep_chipset::Space;
+    use skep_hv::Hypervisor;
 
     use super::*;
 
@@ -185,8 +201,13 @@ mod tests {
         let spec = crate::spec::tests::parsed();
         let layout = MemoryLayout::new(spec.memory.size, 0).unwrap();
         let serial = crate::serial::SerialPorts::new(spec.serial_ports().unwrap());
+        let memory = GuestMemory::new(&layout.regions()).unwrap();
+        let options = skep_hv::VmOptions { cpuid: skep_hv::cpuid::host(), ..Default::default() };
+        let vm = skep_cpu::Software::new().create_vm(memory.clone(), options).unwrap();
         let board = Board::new(Parts {
-            back_end: None,
+            vm: &vm,
+            memory: &memory,
+            more: Box::new(|_| Ok(Vec::new())),
             spec: &spec,
             layout: &layout,
             cpuid: &CpuidTable::default(),

@@ -8,6 +8,7 @@ use serde::Serialize;
 use skep_chipset::{Device, Effect, Space, Window};
 use skep_hv::monotonic_ns;
 
+use crate::harness::Doorbells;
 use crate::timer::Timer;
 
 /// A device on the buses.
@@ -59,6 +60,7 @@ pub(crate) struct Bus {
     /// Sorted by `base`, disjoint.
     memory: Vec<Entry>,
     timer: Arc<Timer>,
+    doorbells: Arc<Doorbells>,
 }
 
 /// Locks a device. A panic with the lock held is a defect that has been reported already; the data are plain.
@@ -71,6 +73,7 @@ impl Bus {
     pub(crate) fn new(
         devices: Vec<(String, Arc<Mutex<dyn Device>>)>,
         timer: Arc<Timer>,
+        doorbells: Arc<Doorbells>,
     ) -> Result<Self, String> {
         let mut bus = Self {
             slots: Vec::with_capacity(devices.len()),
@@ -78,6 +81,7 @@ impl Bus {
             port_entries: Vec::new(),
             memory: Vec::new(),
             timer,
+            doorbells,
         };
         for (name, device) in devices {
             let slot = bus.slots.len();
@@ -175,6 +179,9 @@ impl Bus {
     /// A write of `width` bytes (1, 2, 4, 8). What no device claims is lost.
     pub(crate) fn write(&self, space: Space, address: u64, width: u8, value: u64) -> Outcome {
         let mut outcome = Outcome { effect: Effect::None, slot: 0 };
+        if self.doorbells.ring(space, address, width, value) {
+            return outcome;
+        }
         match self.find(space, address) {
             Some(entry) if entry.last - address >= u64::from(width) - 1 => {
                 self.write_entry(entry, address, width, value)
@@ -304,7 +311,7 @@ mod tests {
 
     fn bus(devices: Vec<Arc<Mutex<Scratch>>>) -> Result<Bus, String> {
         let devices = devices.into_iter().map(|d| ("scratch".to_owned(), d as Arc<Mutex<dyn Device>>));
-        Bus::new(devices.collect(), Arc::new(Timer::default()))
+        Bus::new(devices.collect(), Arc::new(Timer::default()), Doorbells::new(None))
     }
 
     #[test]

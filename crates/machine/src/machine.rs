@@ -9,6 +9,7 @@ use std::thread::{Builder, JoinHandle};
 
 use serde::Serialize;
 use skep_boot::{BootOptions, BootPaths, MemoryLayout, Payload, Platform};
+use skep_chipset::Device;
 use skep_hv::{Hypervisor, VcpuStats, VmOptions};
 use skep_memory::GuestMemory;
 
@@ -18,6 +19,7 @@ use crate::bus::{DeviceStats, lock};
 use crate::clock::VmTsc;
 use crate::error::Error;
 use crate::event::{EventSink, State};
+use crate::harness::Harness;
 use crate::host;
 use crate::owner::Owner;
 use crate::serial::{Pump, SerialPorts};
@@ -149,6 +151,20 @@ impl Machine {
         hypervisor: &dyn Hypervisor,
         sink: Arc<dyn EventSink>,
     ) -> Result<Self, Error> {
+        Self::create_with(spec, hypervisor, sink, |_| Ok(Vec::new()))
+    }
+
+    /// The same with devices that the specification does not know, which `devices` makes. They are reset with the machine.
+    ///
+    /// # Errors
+    /// As [`Machine::create`], what `devices` answers, or two devices want the same address.
+    pub fn create_with(
+        spec: &MachineSpec,
+        hypervisor: &dyn Hypervisor,
+        sink: Arc<dyn EventSink>,
+        devices: impl FnOnce(&Harness) -> Result<Vec<Arc<Mutex<dyn Device>>>, Error>,
+    ) -> Result<Self, Error> {
+        let more = Box::new(devices);
         spec.validate()?;
         let size = spec.memory.size;
         if let Some(total) = host::memory_total().filter(|&total| size > total) {
@@ -183,7 +199,9 @@ impl Machine {
             cpuid: &cpuid,
             tsc: Arc::new(VmTsc(vm.clone())),
             timer: timer.clone(),
-            back_end: vm.apics(),
+            vm: &vm,
+            memory: &memory,
+            more,
             attention: serial.attention(),
         })?);
         let mut vcpus = (0..spec.vcpus()).map(|id| vm.create_vcpu(id)).collect::<Result<Vec<_>, _>>()?;
