@@ -49,7 +49,7 @@ link rom.ld entry-rom hello "$objects/rom.elf"
 objcopy -O binary -j .text -j .reset --gap-fill 0xff --pad-to 0x100000 "$objects/rom.elf" "$out/hello.rom"
 
 # The others by multiboot.
-for guest in exceptions halt interrupts power-off processors reset-cf9 reset-keyboard self-modifying triple-fault; do
+for guest in devices exceptions halt interrupts power-off processors reset-cf9 reset-keyboard self-modifying triple-fault; do
     assemble "$guest.s" "$guest" "$@"
     link image.ld entry-multiboot "$guest" "$objects/$guest.elf"
     objcopy -O elf32-i386 "$objects/$guest.elf" "$out/$guest.elf"
