@@ -295,7 +295,7 @@ impl Cpu {
     #[inline(never)]
     fn read_slow<T: MemWord>(&mut self, context: Context, linear: u64) -> Exec<T> {
         let size = size_of::<T>() as u64;
-        self.check_alignment(linear, size)?;
+        self.check_explicit(context, linear, size)?;
         self.check_breakpoints(context, linear, size, false);
         if linear % PAGE + size > PAGE {
             let mut bytes = [0; 8];
@@ -319,7 +319,7 @@ impl Cpu {
     #[inline(never)]
     fn write_slow<T: MemWord>(&mut self, context: Context, linear: u64, value: T) -> Exec {
         let size = size_of::<T>() as u64;
-        self.check_alignment(linear, size)?;
+        self.check_explicit(context, linear, size)?;
         if linear % PAGE + size > PAGE {
             let bytes = value.to_u64().to_le_bytes();
             self.write_across(context, linear, &bytes[..size as usize])?;
@@ -489,6 +489,12 @@ impl Cpu {
             return Err(Abort);
         }
         Err(self.fault(crate::fault::vector::AC, 0))
+    }
+
+    /// As above, for an access that may be an implicit one of the supervisor's, whose alignment is never checked (SDM
+    /// vol. 3A §6.15, interrupt 17).
+    fn check_explicit(&mut self, context: Context, linear: u64, size: u64) -> Exec {
+        if context == Context::Slow { self.check_alignment(linear, size) } else { Ok(()) }
     }
 
     fn check_breakpoints(&mut self, context: Context, linear: u64, size: u64, write: bool) {
