@@ -351,6 +351,12 @@ impl Cpu {
         self.check_alignment(linear, size)?;
         if linear % PAGE + size > PAGE {
             self.check_range(context, linear, size, Access::Write)?;
+            if locked
+                && self.unseen_writers
+                && let Some(old) = self.modify_across(context, linear, f)?
+            {
+                return Ok(old);
+            }
             // Two host pages cannot be changed in one instruction: everybody else stands still meanwhile.
             let alone = locked.then(|| self.stand_alone());
             let mut bytes = [0; 8];
@@ -385,6 +391,34 @@ impl Cpu {
         };
         self.check_breakpoints(context, linear, size, true);
         Ok(old)
+    }
+
+    /// A locked operation across two pages of memory by one instruction of the host, which sees them side by side. `None`:
+    /// one is no memory, or the host cannot show them so.
+    fn modify_across<T: MemWord>(
+        &mut self,
+        context: Context,
+        linear: u64,
+        f: &dyn Fn(T, &mut u16) -> T,
+    ) -> Exec<Option<T>> {
+        let size = size_of::<T>() as u64;
+        let boundary = (linear | (PAGE - 1)).wrapping_add(1);
+        let places =
+            (self.place(context, linear, Access::Write)?, self.place(context, boundary, Access::Write)?);
+        let (Place::Memory { page: first, .. }, Place::Memory { page: second, .. }) = places else {
+            return Ok(None);
+        };
+        let Ok(pages) = self.memory.side_by_side(first.index, second.index) else { return Ok(None) };
+        // SAFETY: both pages are mapped, one behind the other, while `pages` lives; the access begins in the first and
+        // ends in the second.
+        let old = unsafe {
+            locked_modify(pages.host().as_ptr().add((linear % PAGE) as usize), &mut self.status, f)
+        };
+        let on_first = PAGE - linear % PAGE;
+        self.memory.written(first.index, linear % PAGE, on_first);
+        self.memory.written(second.index, 0, size - on_first);
+        self.check_breakpoints(context, linear, size, true);
+        Ok(Some(old))
     }
 
     /// Locked compare-and-exchange of 16 aligned bytes: the value found.
