@@ -110,6 +110,17 @@ pub(crate) enum CodeSize {
     Bits64 = 2,
 }
 
+impl CodeSize {
+    /// As decoders name it.
+    pub(crate) fn bits(self) -> u32 {
+        match self {
+            Self::Bits16 => 16,
+            Self::Bits32 => 32,
+            Self::Bits64 => 64,
+        }
+    }
+}
+
 /// What follows from CR0, CR4, EFER, RFLAGS and the segments; kept by [`Cpu::refresh_mode`], never set elsewhere.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Mode {
@@ -231,6 +242,11 @@ pub(crate) struct Cpu {
     pub(crate) shared: Arc<Shared>,
     /// Where other threads leave word.
     pub(crate) mailbox: Arc<Mailbox>,
+    /// Others write guest memory unseen, other vCPUs among them: a locked operation must be one of the host's, whatever it
+    /// straddles.
+    pub(crate) unseen_writers: bool,
+    /// PKRU, for the walks of a processor with CR4.PKE.
+    pub(crate) pkru: u32,
     /// APIC ID.
     pub(crate) id: u32,
     /// Counters.
@@ -334,6 +350,8 @@ impl Cpu {
             memory,
             shared,
             mailbox,
+            unseen_writers: false,
+            pkru: 0,
             id,
             stats: VcpuStats::default(),
         });

@@ -11,7 +11,7 @@ use crate::cpu::{CodeSize, Cpu, seg};
 use crate::exec;
 use crate::fault::Exec;
 use crate::native;
-use crate::op::{Handler, Op};
+use crate::op::Op;
 use crate::regs::{BLOCK_RIP, ZERO};
 use crate::system;
 
@@ -97,12 +97,7 @@ impl Cpu {
 
     /// Decodes whole instructions from `bytes` until a block must end: its length in bytes.
     fn decode_run(&mut self, bytes: &[u8], key: Key, ops: &mut Vec<Op>) -> usize {
-        let bits = match key.code {
-            CodeSize::Bits16 => 16,
-            CodeSize::Bits32 => 32,
-            CodeSize::Bits64 => 64,
-        };
-        let mut decoder = Decoder::with_ip(bits, bytes, 0, DecoderOptions::NONE);
+        let mut decoder = Decoder::with_ip(key.code.bits(), bytes, 0, DecoderOptions::NONE);
         let mut insn = Instruction::default();
         let most = if key.single { 1 } else { MAX_OPS };
         let mut end = 0;
@@ -116,25 +111,8 @@ impl Cpu {
             }
             // An invalid instruction is one that raises #UD; its length no longer matters.
             let len = insn.len().clamp(1, LONGEST);
-            let mut op = fill(&insn, key.code, end, len);
-            let text = &bytes[end..(end + len).min(bytes.len())];
-            let mut ends = insn.is_invalid();
-            op.run = if insn.is_invalid() {
-                if exceeds(bits, &bytes[end..]) { too_long } else { undefined }
-            } else if let Some(handler) = exec::select(&insn, &mut op, key.code) {
-                ends = insn.flow_control() != FlowControl::Next
-                    || (repeats(&insn) && insn.is_string_instruction());
-                handler
-            } else if let Some(handler) = system::select(&insn, &mut op, key.code) {
-                ends = !system::continues(insn.mnemonic());
-                handler
-            } else {
-                native::select(&insn, text, &mut op, key.code, &mut self.thunks, &self.shared.cpuid)
-                    .unwrap_or_else(|| {
-                        ends = true;
-                        undefined as Handler
-                    })
-            };
+            let lowered = self.lower(&insn, &bytes[end..], key.code, end);
+            let (mut op, ends) = (lowered.op, lowered.ends);
             end += len;
             op.end = end as u16;
             ops.push(op);
@@ -144,6 +122,119 @@ impl Cpu {
         }
         end
     }
+
+    /// Chooses the handler of an instruction, which stands `start` bytes behind the beginning of its block; `bytes` are its
+    /// own and perhaps more.
+    fn lower(&mut self, insn: &Instruction, bytes: &[u8], code: CodeSize, start: usize) -> Lowered {
+        // An invalid instruction is one that raises #UD; its length no longer matters.
+        let len = insn.len().clamp(1, LONGEST);
+        let mut op = fill(insn, code, start, len);
+        if insn.is_invalid() {
+            op.run = if exceeds(code.bits(), bytes) { too_long } else { undefined };
+            return Lowered { op, ends: true, by: Room::Undefined };
+        }
+        if let Some(handler) = exec::select(insn, &mut op, code) {
+            op.run = handler;
+            let ends =
+                insn.flow_control() != FlowControl::Next || (repeats(insn) && insn.is_string_instruction());
+            return Lowered { op, ends, by: Room::Exec };
+        }
+        if let Some(handler) = system::select(insn, &mut op, code) {
+            op.run = handler;
+            return Lowered { op, ends: !system::continues(insn.mnemonic()), by: Room::System };
+        }
+        let text = &bytes[..len.min(bytes.len())];
+        match native::select(insn, text, &mut op, code, &mut self.thunks, &self.shared.cpuid) {
+            Some(handler) => {
+                op.run = handler;
+                Lowered { op, ends: false, by: Room::Native }
+            }
+            None => {
+                op.run = undefined;
+                Lowered { op, ends: true, by: Room::Undefined }
+            }
+        }
+    }
+
+    /// The bytes from `linear` to the end of its page, 15 at most, and how many there are.
+    fn fetch_bytes(&mut self, linear: u64) -> Exec<([u8; LONGEST], usize)> {
+        let mut bytes = [0; LONGEST];
+        let first = self.code_page(linear)?;
+        let offset = (linear % PAGE) as usize;
+        let in_page = (PAGE as usize - offset).min(LONGEST);
+        copy_code(&first, offset, &mut bytes[..in_page]);
+        Ok((bytes, in_page))
+    }
+
+    /// Fetches and decodes the instruction at `linear` (which is CS:RIP) from memory as it is now. Nothing is kept: no
+    /// block, no watch. Raises what a fetch raises.
+    pub(crate) fn decode_fresh(&mut self, linear: u64, code: CodeSize) -> Exec<Fresh> {
+        if self.thunks.full() {
+            self.blocks.clear();
+            self.thunks.clear();
+        }
+        let (mut bytes, mut len) = self.fetch_bytes(linear)?;
+        let (mut insn, whole) = decode(code, &bytes[..len]);
+        if len < LONGEST && !whole {
+            let (more, _) = self.fetch_bytes((linear | (PAGE - 1)).wrapping_add(1))?;
+            bytes[len..].copy_from_slice(&more[..LONGEST - len]);
+            len = LONGEST;
+            (insn, _) = decode(code, &bytes);
+        }
+        let Lowered { mut op, by, .. } = self.lower(&insn, &bytes[..len], code, 0);
+        op.end = u16::from(op.len);
+        Ok(Fresh { op, insn, by })
+    }
+
+    /// The bytes of the instruction at `linear`, for people: 15, or those up to a page that cannot be fetched.
+    pub(crate) fn instruction_bytes(&mut self, linear: u64) -> Vec<u8> {
+        let Ok((mut bytes, mut len)) = self.fetch_bytes(linear) else { return Vec::new() };
+        if len < LONGEST
+            && let Ok((more, _)) = self.fetch_bytes((linear | (PAGE - 1)).wrapping_add(1))
+        {
+            bytes[len..].copy_from_slice(&more[..LONGEST - len]);
+            len = LONGEST;
+        }
+        bytes[..len].to_vec()
+    }
+}
+
+/// Which room has the handler of an instruction.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Room {
+    /// [`crate::exec`].
+    Exec,
+    /// [`crate::system`].
+    System,
+    /// [`crate::native`].
+    Native,
+    /// None: it raises #UD (or is too long).
+    Undefined,
+}
+
+/// An instruction as blocks hold it.
+struct Lowered {
+    op: Op,
+    /// It is the last of its block.
+    ends: bool,
+    by: Room,
+}
+
+/// An instruction that was decoded for one execution.
+pub(crate) struct Fresh {
+    /// Its operation.
+    pub(crate) op: Op,
+    /// What it is.
+    pub(crate) insn: Instruction,
+    /// Who executes it.
+    pub(crate) by: Room,
+}
+
+/// The instruction that `bytes` begin with, and whether they hold all of it.
+fn decode(code: CodeSize, bytes: &[u8]) -> (Instruction, bool) {
+    let mut decoder = Decoder::with_ip(code.bits(), bytes, 0, DecoderOptions::NONE);
+    let insn = decoder.decode();
+    (insn, !insn.is_invalid() || decoder.last_error() != DecoderError::NoMoreBytes)
 }
 
 /// Whether an invalid instruction is one because it has more than 15 bytes.

@@ -8,7 +8,8 @@
 //! * [`system`] is everything privileged: descriptors, control transfers, exceptions, MSRs, the paravirtual interface;
 //! * [`native`] runs x87, SSE, AVX and the rarer integer instructions, re-encoded, on the host's own units;
 //! * [`mmu`] is the only way to memory, [`fault`] the only way to an exception;
-//! * [`run`] is the loop around them, [`vm`] what the machine sees.
+//! * [`run`] is the loop around them, [`vm`] what the machine sees; [`step`] lends the room to other back ends, one
+//!   instruction at a time.
 //!
 //! The processor's state is [`cpu::Cpu`]; nothing in it is shared but guest memory and [`vm::Shared`].
 
@@ -27,7 +28,9 @@ pub(crate) mod op;
 pub mod oracle;
 pub(crate) mod regs;
 pub(crate) mod run;
+mod step;
 pub(crate) mod system;
 pub(crate) mod vm;
 
+pub use step::Interpreter;
 pub use vm::Software;

@@ -11,6 +11,7 @@ use skep_hv::{IoFlow, Pending, RunEnd, Startup, VcpuIo, monotonic_ns};
 
 use crate::block::{Block, Key};
 use crate::cpu::{CodeSize, Cpu, fl, seg};
+use crate::decode::Fresh;
 use crate::fault::{Abort, Exception, Exec, Raised, vector};
 use crate::regs::BLOCK_RIP;
 use crate::vm::mail;
@@ -19,12 +20,12 @@ use crate::vm::mail;
 const POLL_INSTRUCTIONS: u64 = 4096;
 
 /// DR6.BS: single step.
-const DR6_BS: u64 = 1 << 14;
+pub(crate) const DR6_BS: u64 = 1 << 14;
 
 /// The machine's callbacks while a run lasts.
 pub(crate) struct IoSlot(Option<NonNull<dyn VcpuIo>>);
 
-// SAFETY: the pointer is set and cleared within one call of `Cpu::run`, on one thread; between runs it is `None`.
+// SAFETY: the pointer is set and cleared within one call of `Cpu::with_io`, on one thread; between runs it is `None`.
 unsafe impl Send for IoSlot {}
 
 impl IoSlot {
@@ -34,7 +35,7 @@ impl IoSlot {
 }
 
 /// A machine without devices, for when none is attached.
-struct Nowhere;
+pub(crate) struct Nowhere;
 
 impl VcpuIo for Nowhere {
     fn port_read(&mut self, _: u16, width: u8) -> u32 {
@@ -87,7 +88,7 @@ impl Cpu {
     /// The machine.
     pub(crate) fn io(&mut self) -> &mut dyn VcpuIo {
         match self.io.0 {
-            // SAFETY: set by `run` for its own duration, from an exclusive borrow that it holds.
+            // SAFETY: set by `with_io` for its own duration, from an exclusive borrow that it holds.
             Some(mut io) => unsafe { io.as_mut() },
             None => Box::leak(Box::new(Nowhere)),
         }
@@ -100,22 +101,30 @@ impl Cpu {
         self.leave |= flow == IoFlow::Leave;
     }
 
-    /// Runs until there is a reason to stop.
-    pub(crate) fn run(&mut self, io: &mut dyn VcpuIo) -> RunEnd {
+    /// Lends the processor a machine while `f` lasts.
+    pub(crate) fn with_io<T>(&mut self, io: &mut dyn VcpuIo, f: impl FnOnce(&mut Self) -> T) -> T {
         // SAFETY: only the lifetime changes; the slot is emptied below, before the borrow ends.
         let io: NonNull<dyn VcpuIo> = unsafe { std::mem::transmute(NonNull::from(io)) };
         self.io = IoSlot(Some(io));
-        self.enter_guest();
-        self.ask_apic = true;
-        let end = loop {
-            if let Some(end) = self.service() {
-                break end;
-            }
-            self.execute();
-        };
-        self.mailbox.in_guest.store(false, Ordering::SeqCst);
+        let result = f(self);
         self.io = IoSlot::empty();
-        end
+        result
+    }
+
+    /// Runs until there is a reason to stop.
+    pub(crate) fn run(&mut self, io: &mut dyn VcpuIo) -> RunEnd {
+        self.with_io(io, |cpu| {
+            cpu.enter_guest();
+            cpu.ask_apic = true;
+            let end = loop {
+                if let Some(end) = cpu.service() {
+                    break end;
+                }
+                cpu.execute();
+            };
+            cpu.mailbox.in_guest.store(false, Ordering::SeqCst);
+            end
+        })
     }
 
     /// Looks at everything that can happen between two instructions, in the order of SDM vol. 3A table 6-2.
@@ -283,7 +292,7 @@ impl Cpu {
     }
 
     #[inline(always)]
-    fn code_linear(&self) -> u64 {
+    pub(crate) fn code_linear(&self) -> u64 {
         match self.mode.code {
             CodeSize::Bits64 => self.rip,
             _ => self.segs[seg::CS].base.wrapping_add(self.rip) & 0xffff_ffff,
@@ -301,10 +310,16 @@ impl Cpu {
     }
 
     fn fetch(&mut self, linear: u64, key: Key) -> Exec<*const Block> {
-        if key.code != CodeSize::Bits64 && self.rip > u64::from(self.segs[seg::CS].limit) {
+        self.check_code_limit()?;
+        self.find_block(linear, key)
+    }
+
+    /// #GP(0) if RIP is beyond the limit of CS.
+    pub(crate) fn check_code_limit(&mut self) -> Exec {
+        if self.mode.code != CodeSize::Bits64 && self.rip > u64::from(self.segs[seg::CS].limit) {
             return Err(self.gp(0));
         }
-        self.find_block(linear, key)
+        Ok(())
     }
 
     /// Runs one block. On `Err`, RIP is at the instruction that was abandoned; the segment of its operand comes with it.
@@ -360,16 +375,41 @@ impl Cpu {
         };
         match result {
             Ok(()) => Step::Done,
-            Err(segment) => match self.settle(segment) {
-                Raised::Exception(e) => Step::Raised(e),
-                Raised::Failed(why) => Step::Failed(why),
-                _ => Step::Failed("an instruction was abandoned without a reason"),
-            },
+            Err(segment) => self.abandoned(segment),
+        }
+    }
+
+    /// As [`Cpu::step`], for an instruction that was decoded for this one execution.
+    pub(crate) fn step_fresh(&mut self, fresh: &Fresh) -> Step {
+        self.raised = Raised::None;
+        self.blocks.set_running(std::ptr::null());
+        let start = self.rip;
+        self.regs.set64(BLOCK_RIP, start);
+        self.rip = self.advance(start, u16::from(fresh.op.len));
+        if (fresh.op.run)(self, &fresh.op).is_ok() {
+            self.stats.instructions += 1;
+            return Step::Done;
+        }
+        self.rip = start;
+        self.abandoned(Some(fresh.op.seg))
+    }
+
+    /// Says why an instruction was abandoned.
+    pub(crate) fn abandoned(&mut self, segment: Option<u8>) -> Step {
+        match self.settle(segment) {
+            Raised::Exception(e) => Step::Raised(e),
+            Raised::Failed(why) => Step::Failed(why),
+            _ => Step::Failed("an instruction was abandoned without a reason"),
         }
     }
 
     /// One instruction under single step, interrupt shadow or breakpoints, with what follows from it.
     pub(crate) fn step_and_deliver(&mut self) {
+        self.step_and_deliver_by(Self::step);
+    }
+
+    /// As above; `step` executes the instruction.
+    pub(crate) fn step_and_deliver_by(&mut self, step: impl FnOnce(&mut Self) -> Step) {
         let linear = self.code_linear();
         if self.dr7 & 0xff != 0
             && !self.flag(fl::RF)
@@ -383,7 +423,7 @@ impl Cpu {
         self.mov_ss_shadow = false;
         let stepping = self.flag(fl::TF);
         let resume = self.flag(fl::RF);
-        match self.step() {
+        match step(self) {
             Step::Done => {
                 if resume {
                     self.rflags_rest &= !fl::RF;

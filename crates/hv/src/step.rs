@@ -15,12 +15,26 @@ use crate::{HvError, VcpuIo};
 pub enum Step {
     /// The instruction has been executed, or its exception or interrupt gate entered: the state is the one after it.
     Done,
-    /// As above, and [`VcpuIo`] answered [`crate::IoFlow::Leave`].
+    /// As above, and it was one that invalidates cached translations (INVLPG, INVPCID, MOV to CR3): the back end must
+    /// forget its own.
+    Flushed,
+    /// As [`Step::Done`], and [`VcpuIo`] answered [`crate::IoFlow::Leave`].
     Leave,
     /// A triple fault.
     TripleFault,
-    /// It cannot be executed here either. Nothing has changed. The text is for a person.
+    /// It cannot be executed here either. The state has not changed. The text is for a person.
     Failed(String),
+}
+
+/// What stands at a state's RIP.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Fetched {
+    /// Linear address of the instruction: the base of CS plus RIP.
+    pub rip: u64,
+    /// The bytes there, 15 at most; fewer where a page behind them cannot be fetched, none where the first cannot.
+    pub bytes: Vec<u8>,
+    /// Of [`Stepper::groups`], those that a step from here needs.
+    pub groups: StateGroups,
 }
 
 /// Executes single instructions of one vCPU.
@@ -28,10 +42,17 @@ pub enum Step {
 /// Others write the same memory meanwhile, page tables and code included, and not through this process: a step keeps
 /// nothing that it has read or decoded before.
 pub trait Stepper: Send {
-    /// The groups of state that [`Stepper::step`] needs, and that it may change.
+    /// The groups of state that [`Stepper::step`] needs whatever the instruction is.
     fn groups(&self) -> StateGroups;
+    /// What stands at the state's RIP, and which groups of state a step from here needs. Looks at the general and system
+    /// registers alone.
+    fn fetch(&mut self, state: &CpuState) -> Fetched;
     /// Executes the instruction at the state's RIP, with its repetitions (a bounded number of them: RIP stays, if more are
-    /// left). Does not look for interrupts. Ports and memory without backing are reached through `io`.
+    /// left). If an exception waits in the state, delivers that instead. Does not look for interrupts. Ports and memory
+    /// without backing are reached through `io`; CR8 and IA32_APIC_BASE are those of the state.
+    ///
+    /// Unless it fails, `state` then holds the general registers, and of the other groups those that have changed: `None`
+    /// is unchanged. Of the MSRs it lists the changed ones.
     fn step(&mut self, state: &mut CpuState, io: &mut dyn VcpuIo) -> Step;
 }
 

@@ -9,7 +9,7 @@ mod pages;
 mod region;
 
 pub use pages::{HostPage, WATCH_GRANULE};
-pub use region::{GuestMemory, RegionInfo, RegionKind, RegionSpec};
+pub use region::{GuestMemory, PagePair, RegionInfo, RegionKind, RegionSpec};
 
 /// Size of a page in bytes: the unit of the dirty log and of the watch.
 pub const PAGE_SIZE: u64 = 4096;

@@ -75,6 +75,69 @@ impl Mapping {
     }
 }
 
+/// Two pages of a memfd, mapped one behind the other; unmapped on drop where that took a mapping of their own.
+pub(crate) struct Pair {
+    base: NonNull<u8>,
+    own: bool,
+}
+
+const PAGE: usize = crate::PAGE_SIZE as usize;
+
+impl Pair {
+    pub(crate) fn base(&self) -> NonNull<u8> {
+        self.base
+    }
+}
+
+impl Mapping {
+    /// Pages number `first` and `second`, which must exist, side by side.
+    pub(crate) fn pair(&self, first: usize, second: usize) -> io::Result<Pair> {
+        let pages = self.len / PAGE;
+        if first >= pages || second >= pages {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        if second == first + 1 {
+            // SAFETY: the page lies in the mapping.
+            return Ok(Pair { base: unsafe { self.base.add(first * PAGE) }, own: false });
+        }
+        // SAFETY: a fresh mapping at an address of the kernel's choice replaces nothing.
+        let base = unsafe {
+            let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+            libc::mmap(std::ptr::null_mut(), 2 * PAGE, libc::PROT_NONE, flags, -1, 0)
+        };
+        let pair = match NonNull::new(base.cast::<u8>()) {
+            Some(at) if base != libc::MAP_FAILED => Pair { base: at, own: true },
+            _ => return Err(io::Error::last_os_error()),
+        };
+        for (n, page) in [first, second].into_iter().enumerate() {
+            // SAFETY: replaces a page of the mapping made above; the offset lies in the file, as pages are numbered by it.
+            let at = unsafe {
+                libc::mmap(
+                    base.cast::<u8>().add(n * PAGE).cast(),
+                    PAGE,
+                    libc::PROT_READ | libc::PROT_WRITE,
+                    libc::MAP_SHARED | libc::MAP_FIXED,
+                    self.file.as_raw_fd(),
+                    (page * PAGE) as libc::off_t,
+                )
+            };
+            if at == libc::MAP_FAILED {
+                return Err(io::Error::last_os_error());
+            }
+        }
+        Ok(pair)
+    }
+}
+
+impl Drop for Pair {
+    fn drop(&mut self) {
+        if self.own {
+            // SAFETY: a mapping of two pages that this value made and nothing uses once it is gone.
+            unsafe { libc::munmap(self.base.as_ptr().cast(), 2 * PAGE) };
+        }
+    }
+}
+
 impl Drop for Mapping {
     fn drop(&mut self) {
         // SAFETY: base and len are those of the mapping, which nothing uses once its owner is gone.

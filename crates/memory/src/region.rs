@@ -2,11 +2,12 @@
 #![expect(unsafe_code, reason = "turns checked guest addresses into host pointers")]
 
 use std::fs::File;
+use std::marker::PhantomData;
 use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64};
 
-use crate::map::Mapping;
+use crate::map::{Mapping, Pair};
 use crate::pages::{self, Books, HostPage};
 use crate::{MemoryError, PAGE_SIZE};
 
@@ -142,6 +143,12 @@ impl GuestMemory {
             index: (offset / PAGE_SIZE) as usize,
             writable: region.kind == RegionKind::Ram,
         })
+    }
+
+    /// Two pages (by index) as if one followed the other, for an operation that the host must do across both at once. An
+    /// error where the host cannot map them so.
+    pub fn side_by_side(&self, first: usize, second: usize) -> std::io::Result<PagePair<'_>> {
+        Ok(PagePair { pair: self.0.map.pair(first, second)?, memory: PhantomData })
     }
 
     /// Splits a range into pages, checking all of it before anything is touched.
@@ -300,6 +307,19 @@ impl GuestMemory {
     }
 }
 
+/// Two pages of guest memory side by side ([`GuestMemory::side_by_side`]).
+pub struct PagePair<'a> {
+    pair: Pair,
+    memory: PhantomData<&'a GuestMemory>,
+}
+
+impl PagePair<'_> {
+    /// First byte of the first page in this process; the second page follows it. Writes are not logged.
+    pub fn host(&self) -> NonNull<u8> {
+        self.pair.base()
+    }
+}
+
 macro_rules! typed {
     ($($read:ident, $write:ident, $load:ident, $store:ident, $cas:ident, $int:ty, $raw_load:ident, $raw_store:ident, $raw_cas:ident;)*) => {
         impl GuestMemory {$(
@@ -399,6 +419,25 @@ mod tests {
         assert!(matches!(m.store_u32(0xffff_fff0, 1), Err(MemoryError::ReadOnly { .. })));
         m.load_rom(0xffff_fff0, &[0xea]).unwrap();
         assert_eq!(m.read_u8(0xffff_fff0).unwrap(), 0xea);
+    }
+
+    #[test]
+    #[expect(unsafe_code, reason = "reads and writes the pages that are shown side by side")]
+    fn any_two_pages_can_be_seen_side_by_side() {
+        let m = memory();
+        let page = |gpa| m.page(gpa).unwrap().index;
+        for (first, second) in [(0, 0x1000), (0x1000, 0), (0x10_1000, 0x2000), (0, 0)] {
+            m.write_u8(first + 0xfff, 1).unwrap();
+            m.write_u8(second, 2).unwrap();
+            let pair = m.side_by_side(page(first), page(second)).unwrap();
+            // SAFETY: the last byte of the first page and the first of the second.
+            unsafe {
+                assert_eq!(pair.host().add(0xfff).cast::<[u8; 2]>().read(), [1, 2]);
+                pair.host().add(0xfff).cast::<[u8; 2]>().write([3, 4]);
+            }
+            assert_eq!((m.read_u8(first + 0xfff).unwrap(), m.read_u8(second).unwrap()), (3, 4));
+        }
+        assert!(m.side_by_side(0, 1 << 30).is_err());
     }
 
     #[test]

@@ -295,7 +295,7 @@ impl Cpu {
     #[inline(never)]
     fn read_slow<T: MemWord>(&mut self, context: Context, linear: u64) -> Exec<T> {
         let size = size_of::<T>() as u64;
-        self.check_alignment(linear, size)?;
+        self.check_explicit(context, linear, size)?;
         self.check_breakpoints(context, linear, size, false);
         if linear % PAGE + size > PAGE {
             let mut bytes = [0; 8];
@@ -319,7 +319,7 @@ impl Cpu {
     #[inline(never)]
     fn write_slow<T: MemWord>(&mut self, context: Context, linear: u64, value: T) -> Exec {
         let size = size_of::<T>() as u64;
-        self.check_alignment(linear, size)?;
+        self.check_explicit(context, linear, size)?;
         if linear % PAGE + size > PAGE {
             let bytes = value.to_u64().to_le_bytes();
             self.write_across(context, linear, &bytes[..size as usize])?;
@@ -351,6 +351,12 @@ impl Cpu {
         self.check_alignment(linear, size)?;
         if linear % PAGE + size > PAGE {
             self.check_range(context, linear, size, Access::Write)?;
+            if locked
+                && self.unseen_writers
+                && let Some(old) = self.modify_across(context, linear, f)?
+            {
+                return Ok(old);
+            }
             // Two host pages cannot be changed in one instruction: everybody else stands still meanwhile.
             let alone = locked.then(|| self.stand_alone());
             let mut bytes = [0; 8];
@@ -385,6 +391,34 @@ impl Cpu {
         };
         self.check_breakpoints(context, linear, size, true);
         Ok(old)
+    }
+
+    /// A locked operation across two pages of memory by one instruction of the host, which sees them side by side. `None`:
+    /// one is no memory, or the host cannot show them so.
+    fn modify_across<T: MemWord>(
+        &mut self,
+        context: Context,
+        linear: u64,
+        f: &dyn Fn(T, &mut u16) -> T,
+    ) -> Exec<Option<T>> {
+        let size = size_of::<T>() as u64;
+        let boundary = (linear | (PAGE - 1)).wrapping_add(1);
+        let places =
+            (self.place(context, linear, Access::Write)?, self.place(context, boundary, Access::Write)?);
+        let (Place::Memory { page: first, .. }, Place::Memory { page: second, .. }) = places else {
+            return Ok(None);
+        };
+        let Ok(pages) = self.memory.side_by_side(first.index, second.index) else { return Ok(None) };
+        // SAFETY: both pages are mapped, one behind the other, while `pages` lives; the access begins in the first and
+        // ends in the second.
+        let old = unsafe {
+            locked_modify(pages.host().as_ptr().add((linear % PAGE) as usize), &mut self.status, f)
+        };
+        let on_first = PAGE - linear % PAGE;
+        self.memory.written(first.index, linear % PAGE, on_first);
+        self.memory.written(second.index, 0, size - on_first);
+        self.check_breakpoints(context, linear, size, true);
+        Ok(Some(old))
     }
 
     /// Locked compare-and-exchange of 16 aligned bytes: the value found.
@@ -489,6 +523,12 @@ impl Cpu {
             return Err(Abort);
         }
         Err(self.fault(crate::fault::vector::AC, 0))
+    }
+
+    /// As above, for an access that may be an implicit one of the supervisor's, whose alignment is never checked (SDM
+    /// vol. 3A §6.15, interrupt 17).
+    fn check_explicit(&mut self, context: Context, linear: u64, size: u64) -> Exec {
+        if context == Context::Slow { self.check_alignment(linear, size) } else { Ok(()) }
     }
 
     fn check_breakpoints(&mut self, context: Context, linear: u64, size: u64, write: bool) {

@@ -24,6 +24,7 @@ mod code {
     pub(super) const USER: u32 = 1 << 2;
     pub(super) const RESERVED: u32 = 1 << 3;
     pub(super) const FETCH: u32 = 1 << 4;
+    pub(super) const KEY: u32 = 1 << 5;
 }
 
 /// The shape of a paging mode's lower levels.
@@ -134,6 +135,10 @@ impl Cpu {
         if !may(access) {
             return Err(Stop::Fault(code::PRESENT));
         }
+        let key_lets = |access| !for_user || self.key_permits(leaf, access, user);
+        if !key_lets(access) {
+            return Err(Stop::Fault(code::PRESENT | code::KEY));
+        }
 
         let marks = if access == Access::Write { ACCESSED | DIRTY } else { ACCESSED };
         for above in used[level as usize..format.levels as usize].iter().rev() {
@@ -150,9 +155,20 @@ impl Cpu {
         };
         Ok(Translation {
             gpa: base | linear & within & !0xfff,
-            writable: may(Access::Write) && (leaf | marks) & DIRTY != 0,
+            writable: may(Access::Write) && key_lets(Access::Write) && (leaf | marks) & DIRTY != 0,
             shift: size_shift as u8,
         })
+    }
+
+    /// Whether PKRU permits a data access to a user page that `leaf` maps (§4.6.2).
+    fn key_permits(&self, leaf: u64, access: Access, user: bool) -> bool {
+        if self.cr4 & cr4::PKE == 0 || self.efer & efer::LMA == 0 || access == Access::Fetch {
+            return true;
+        }
+        let rights = self.pkru >> (2 * (leaf >> 59 & 0xf));
+        let (no_access, no_write) = (rights & 1 != 0, rights & 2 != 0);
+        let guarded = user || self.cr0 & cr0::WP != 0;
+        !no_access && !(access == Access::Write && no_write && guarded)
     }
 
     /// Where the walk begins, and how its entries look.

@@ -294,6 +294,48 @@ impl Fpu {
         Ok(())
     }
 
+    /// As [`Fpu::load_area`], from an area that may hold components which this processor does not have.
+    pub(crate) fn load_known(&mut self, area: &[u8]) -> Result<(), StateError> {
+        let mut known = [0; AREA];
+        let len = area.len().min(AREA);
+        known[..len].copy_from_slice(&area[..len]);
+        known[LEGACY] &= component::ALL as u8;
+        known[LEGACY + 1..LEGACY + 8].fill(0);
+        self.load_area(&known[..len])
+    }
+
+    /// Writes what is known into the area that [`Fpu::load_known`] was given; whether that changed it.
+    pub(crate) fn store_known(&self, area: &mut [u8]) -> bool {
+        let now = self.save_area();
+        let was = u64::from(area[LEGACY]) & component::ALL;
+        // Initial components that are marked as such stay so: the VM may not have them.
+        let present = was | self.xinuse();
+        let mut changed = false;
+        let mut put = |at: usize, from: &[u8]| {
+            if let Some(to) = area.get_mut(at..at + from.len())
+                && to != from
+            {
+                to.copy_from_slice(from);
+                changed = true;
+            }
+        };
+        put(fx::MXCSR, &now[fx::MXCSR..fx::MXCSR_MASK]);
+        for (bit, at, end) in [
+            (component::X87, 0, fx::MXCSR),
+            (component::X87, fx::ST, fx::XMM),
+            (component::SSE, fx::XMM, fx::XMM + 256),
+            (component::AVX, AVX_AT, AREA),
+        ] {
+            if present & bit != 0 {
+                put(at, &now[at..end]);
+            }
+        }
+        let marked = area[LEGACY] | present as u8;
+        changed |= marked != area[LEGACY];
+        area[LEGACY] = marked;
+        changed
+    }
+
     /// Writes the x87 component into a legacy region, with 64-bit pointers if `wide`, else with offsets and selectors;
     /// MXCSR's eight bytes stay.
     pub(super) fn put_x87(&self, area: &mut [u8], wide: bool) {

@@ -24,7 +24,7 @@ mod xsave;
 use iced_x86::Instruction;
 use skep_hv::cpuid::CpuidTable;
 
-pub(crate) use fpu::Fpu;
+pub(crate) use fpu::{Fpu, component};
 pub(crate) use gate::{runs_here, runs_natively};
 pub(crate) use thunk::Thunks;
 

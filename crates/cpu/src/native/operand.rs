@@ -68,7 +68,16 @@ impl Cpu {
                 self.check_pieces(linear, 10, 8, Access::Read)?;
                 self.read_bytes(linear, part)?;
             }
-            _ => self.read_bytes(linear, part)?,
+            _ => {
+                // In one piece where it can be: 16 aligned bytes are never seen half written.
+                self.probe(linear, size, Access::Read)?;
+                if let Some(at) = self.tlb.read(linear, size) {
+                    // SAFETY: as in `load_operand`.
+                    unsafe { copy(at, self.fpu.frame.operand.as_mut_ptr(), size.min(64)) };
+                    return Ok(());
+                }
+                self.read_bytes(linear, part)?;
+            }
         }
         let size = part.len();
         self.fpu.frame.operand[..size].copy_from_slice(&bytes[..size]);
@@ -146,6 +155,14 @@ impl Cpu {
         let from = self.fpu.frame.vector[n & 31].as_ptr().cast::<u8>();
         if let Some(at) = self.tlb.write(linear, size) {
             // SAFETY: as in `load_operand`; a register has 64 bytes.
+            unsafe { copy(from, at, size.min(64)) };
+            return Ok(());
+        }
+        // As in `load_slow`.
+        self.probe(linear, size, Access::Write)?;
+        if let Some(at) = self.tlb.write(linear, size) {
+            let from = self.fpu.frame.vector[n & 31].as_ptr().cast::<u8>();
+            // SAFETY: as above.
             unsafe { copy(from, at, size.min(64)) };
             return Ok(());
         }

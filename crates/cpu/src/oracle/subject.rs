@@ -81,8 +81,8 @@ impl Subject {
         self.cpu.memory.write(WINDOW_AT, &bytes)
     }
 
-    /// Runs a case.
-    pub fn run(&mut self, case: &Case, outcome: &mut Outcome) -> Result<(), SubjectError> {
+    /// Puts a case's code and patches into memory.
+    fn write_memory(&self, case: &Case) -> Result<(), MemoryError> {
         let offset = case.state.rip.wrapping_sub(CODE);
         let code_len = (case.bytes().len() as u64).min(PAGE.saturating_sub(offset));
         self.cpu.memory.write(CODE_AT + offset, &case.bytes()[..code_len as usize])?;
@@ -90,6 +90,12 @@ impl Subject {
             let range = patch.range();
             self.cpu.memory.write(WINDOW_AT + range.start as u64, &patch.bytes[..range.len()])?;
         }
+        Ok(())
+    }
+
+    /// Runs a case.
+    pub fn run(&mut self, case: &Case, outcome: &mut Outcome) -> Result<(), SubjectError> {
+        self.write_memory(case)?;
         self.load(case);
         // A string instruction may pause, to be interruptible, with RIP where it was.
         let mut paused = false;
@@ -111,8 +117,42 @@ impl Subject {
             }
         };
         self.store(outcome);
-        self.cpu.memory.write(CODE_AT + offset, &[BREAKPOINT; LONGEST][..code_len as usize])?;
+        let offset = case.state.rip.wrapping_sub(CODE);
+        let code_len = LONGEST.min(PAGE.saturating_sub(offset) as usize);
+        self.cpu.memory.write(CODE_AT + offset, &[BREAKPOINT; LONGEST][..code_len])?;
         self.look_at_window(outcome)
+    }
+
+    /// Gives exceptions and interrupts handlers in level 0, for comparisons of whole steps.
+    #[cfg(test)]
+    pub(crate) fn add_handlers(&mut self) -> Result<(), MemoryError> {
+        const IDT_AT: u64 = 0x4_0000;
+        const GDT_AT: u64 = IDT_AT + PAGE;
+        const STACK_AT: u64 = IDT_AT + 2 * PAGE;
+        let cpu = &mut self.cpu;
+        for (n, at) in [IDT_AT, GDT_AT, STACK_AT].into_iter().enumerate() {
+            cpu.memory.write_u64(TABLES + 7 * PAGE + 8 * (n as u64 + 1), at | 0x63)?;
+        }
+        cpu.memory.write_u64(GDT_AT + 8, 0x00af_9b00_0000_ffff)?;
+        for vector in 0..256 {
+            // A gate of level 3 to 8:0000:0000_00vv_0000.
+            cpu.memory.write_u64(IDT_AT + 16 * vector, 0xee00 << 32 | 8 << 16 | vector << 48)?;
+        }
+        cpu.memory.write_u64(TASK_AT + 4, TASK + 4 * PAGE)?;
+        cpu.idtr = crate::cpu::Table { base: TASK + PAGE, limit: 0xfff };
+        cpu.gdtr = crate::cpu::Table { base: TASK + 2 * PAGE, limit: 0xf };
+        Ok(())
+    }
+
+    /// The processor in front of a case, and everything it might write.
+    #[cfg(test)]
+    pub(crate) fn prepare(&mut self, case: &Case) -> Result<&mut Cpu, MemoryError> {
+        self.cpu.memory.write(CODE_AT, &[BREAKPOINT; PAGE as usize])?;
+        self.restore_window()?;
+        self.cpu.memory.zero(TASK_AT + 0x1_2000, PAGE)?;
+        self.write_memory(case)?;
+        self.load(case);
+        Ok(&mut self.cpu)
     }
 
     fn load(&mut self, case: &Case) {

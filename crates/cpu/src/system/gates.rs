@@ -66,12 +66,16 @@ fn sets_resume(number: u8) -> bool {
     !matches!(number, vector::DB | vector::NMI | vector::BP | vector::OF | vector::DF | 18)
 }
 
+/// Attempts after which an exception is given up for now: a handler of level 3 whose stack is misaligned raises one #AC
+/// after the other.
+const ATTEMPTS: u32 = 16;
+
 impl Cpu {
     /// Delivers an exception with RIP as it is to be saved, whatever comes of it: double fault and shutdown included.
     pub(crate) fn deliver_exception(&mut self, exception: Exception) {
         let mut current = exception;
         self.raised = Raised::None;
-        loop {
+        for _ in 0..ATTEMPTS {
             self.stats.exceptions += 1;
             if current.vector == vector::DB {
                 // General detection is off in the handler (vol. 3B §18.2.4).
@@ -99,6 +103,8 @@ impl Cpu {
                 }
             }
         }
+        // No end in sight. The instruction will raise it again; until then others get their turn.
+        self.look = true;
     }
 
     /// Delivers an external interrupt that the local APIC has given up.

@@ -118,6 +118,36 @@ impl Cpu {
 
     /// Writes the groups that `state` holds. On error nothing has changed.
     pub(crate) fn set_state(&mut self, state: &CpuState) -> Result<(), StateError> {
+        self.check_state(state)?;
+        // The MSRs check their values themselves, some of them by CR4, so the system registers come first; both can be
+        // put back.
+        let before = self.get_state(StateGroups { system: true, msrs: true, ..StateGroups::default() })?;
+        if let Some(system) = &state.system {
+            self.put_system(system);
+        }
+        let mut done = match &state.msrs {
+            Some(msrs) => self.put_msrs(msrs),
+            None => Ok(()),
+        };
+        if let (Ok(()), Some(fpu)) = (&done, &state.fpu) {
+            done = self.fpu.load_area(&fpu.xsave);
+        }
+        if let Err(error) = done {
+            if let Some(system) = &before.system {
+                self.put_system(system);
+            }
+            if let Some(msrs) = &before.msrs {
+                self.put_msrs(msrs)?;
+            }
+            self.refresh_mode();
+            return Err(error);
+        }
+        self.put_rest(state);
+        Ok(())
+    }
+
+    /// Checks all but the MSRs and the XSAVE area, which are checked where they are written.
+    pub(crate) fn check_state(&self, state: &CpuState) -> Result<(), StateError> {
         let system = match &state.system {
             Some(system) => {
                 self.check_system(system, state.general.map_or(self.rflags(), |g| g.rflags))?;
@@ -150,30 +180,12 @@ impl Cpu {
                 "it is no exception",
             )?;
         }
-        // The MSRs check their values themselves, some of them by CR4, so the system registers come first; both can be
-        // put back.
-        let before = self.get_state(StateGroups { system: true, msrs: true, ..StateGroups::default() })?;
-        if state.system.is_some() {
-            self.put_system(&system);
-        }
-        let mut done = match &state.msrs {
-            Some(msrs) => self.put_msrs(msrs),
-            None => Ok(()),
-        };
-        if let (Ok(()), Some(fpu)) = (&done, &state.fpu) {
-            done = self.fpu.load_area(&fpu.xsave);
-        }
-        if let Err(error) = done {
-            if let Some(system) = &before.system {
-                self.put_system(system);
-            }
-            if let Some(msrs) = &before.msrs {
-                self.put_msrs(msrs)?;
-            }
-            self.refresh_mode();
-            return Err(error);
-        }
+        Ok(())
+    }
 
+    /// Writes all but system registers, MSRs and the XSAVE area, makes what is cached follow, and delivers the exception
+    /// that waits in the state.
+    pub(crate) fn put_rest(&mut self, state: &CpuState) {
         if let Some(general) = &state.general {
             for (n, &value) in general.gpr.iter().enumerate() {
                 self.regs.set_gpr(n, value);
@@ -216,7 +228,6 @@ impl Cpu {
         } else if let Some(vector) = state.events.and_then(|events| events.interrupt) {
             self.deliver_interrupt(vector);
         }
-        Ok(())
     }
 
     fn check_system(&self, s: &System, rflags: u64) -> Result<(), StateError> {
@@ -290,7 +301,8 @@ impl Cpu {
         Ok(())
     }
 
-    fn put_system(&mut self, s: &System) {
+    /// Writes the system registers, which [`Cpu::check_state`] has checked.
+    pub(crate) fn put_system(&mut self, s: &System) {
         let table = |table: DescriptorTable| Table { base: table.base, limit: table.limit };
         self.segs = s.segments;
         self.tr = s.tr;
@@ -305,18 +317,24 @@ impl Cpu {
         self.efer = s.efer;
     }
 
+    /// Writes one MSR of the saved ones.
+    pub(crate) fn put_msr(&mut self, msr: u32, value: u64) -> Result<(), StateError> {
+        match msr {
+            index::TSC => self.tsc.restore(value),
+            index::TSC_ADJUST => self.tsc.restore_adjust(value),
+            // Status registers can only be cleared, and never hold anything else.
+            _ => check(self.msr_write(msr, value).is_some(), "msrs", value, "an MSR cannot hold it")?,
+        }
+        Ok(())
+    }
+
     fn put_msrs(&mut self, msrs: &[(u32, u64)]) -> Result<(), StateError> {
         let saved = self.msrs.saved();
         if let Some(&(msr, _)) = msrs.iter().find(|(msr, _)| saved.binary_search(msr).is_err()) {
             return Err(StateError::Msr(msr));
         }
         for &(msr, value) in msrs {
-            match msr {
-                index::TSC => self.tsc.restore(value),
-                index::TSC_ADJUST => self.tsc.restore_adjust(value),
-                // Status registers can only be cleared, and never hold anything else.
-                _ => check(self.msr_write(msr, value).is_some(), "msrs", value, "an MSR cannot hold it")?,
-            }
+            self.put_msr(msr, value)?;
         }
         self.tsc_changed();
         Ok(())

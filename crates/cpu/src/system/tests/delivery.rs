@@ -276,3 +276,30 @@ fn into_and_int1() {
     assert_eq!(execute(&mut cpu, &[0xf1]), Step::Done, "no privilege is asked of INT1");
     assert_eq!(execute(&mut cpu, &[0xcd, 1]), Step::Done, "level 0 by now");
 }
+
+#[test]
+fn alignment_is_not_checked_where_the_processor_reads_its_tables() {
+    // The stack pointers of a 64-bit TSS stand at addresses that 8 does not divide.
+    let mut cpu = long(3);
+    cpu.cr0 |= cr0::AM;
+    cpu.set_rflags(fl::AC | 2);
+    cpu.refresh_mode();
+    set_gate(&cpu, vector::UD, gate(INTERRUPT_GATE, 0, CODE0, HANDLER, 0));
+    cpu.deliver_exception(exception(vector::UD, None));
+    assert_eq!((cpu.rip, cpu.mode.cpl), (HANDLER, 0));
+}
+
+#[test]
+fn a_delivery_that_faults_for_ever_ends() {
+    // Level 3 handles its own #AC, on a misaligned stack.
+    let mut cpu = protected(3);
+    cpu.cr0 |= cr0::AM;
+    cpu.set_rflags(fl::AC | 2);
+    cpu.regs.set64(at::RSP, STACK - 1);
+    cpu.refresh_mode();
+    set_gate(&cpu, vector::AC, gate(INTERRUPT_GATE, 3, CODE3, HANDLER, 0));
+    cpu.look = false;
+    cpu.deliver_exception(exception(vector::AC, Some(0)));
+    assert!(cpu.look && !cpu.shutdown);
+    assert_eq!((cpu.rip, cpu.regs.r64(at::RSP)), (CODE, STACK - 1));
+}
