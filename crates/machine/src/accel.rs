@@ -2,8 +2,9 @@
 
 use skep_cpu::Software;
 use skep_hv::Hypervisor;
-use skep_hv::cpuid::{self, CpuidTable, PolicyOptions, policy};
+use skep_hv::cpuid::{CpuidTable, PolicyOptions, Provider, policy};
 
+use crate::error::Error;
 use crate::spec::{Accel, Engine, MachineSpec};
 
 /// The back end that `spec` asks for.
@@ -13,9 +14,14 @@ pub fn hypervisor(spec: &MachineSpec) -> Box<dyn Hypervisor> {
     }
 }
 
-/// What CPUID shows to the guest of a back end whose TSC runs at `tsc_hz`.
-pub(crate) fn cpuid(spec: &MachineSpec, tsc_hz: u64) -> CpuidTable {
+/// What CPUID shows to the guest of a back end that can give `host` and whose TSC runs at `tsc_hz`.
+pub(crate) fn cpuid(spec: &MachineSpec, host: &CpuidTable, tsc_hz: u64) -> Result<CpuidTable, Error> {
     let options = PolicyOptions {
+        provider: match spec.accel {
+            Accel::Software => Provider::Software,
+        },
+        model: spec.cpu.model,
+        features: spec.cpu.features.clone(),
         vcpus: spec.vcpus(),
         cores: spec.cpus.cores,
         threads: spec.cpus.threads,
@@ -24,5 +30,5 @@ pub(crate) fn cpuid(spec: &MachineSpec, tsc_hz: u64) -> CpuidTable {
         apic_hz: 1_000_000_000,
         ..PolicyOptions::default()
     };
-    policy(&cpuid::host(), &options)
+    Ok(policy(host, &options)?)
 }

@@ -167,7 +167,7 @@ impl Machine {
         let loaded = skep_boot::load(&memory, &boot)?;
 
         let tsc_hz = hypervisor.tsc_hz();
-        let cpuid = accel::cpuid(spec, tsc_hz);
+        let cpuid = accel::cpuid(spec, &hypervisor.cpuid()?, tsc_hz)?;
         let options = VmOptions {
             vcpus: spec.vcpus(),
             cpuid: cpuid.clone(),
