@@ -69,6 +69,14 @@ describe('mistakes', () => {
     [[...run, '--cpus', '4096'], /^skep: --cpus: .* got 4096 \[ERR_CONFIG_CPUS\]\n$/],
     [[...run, '-c', 'cpus=4,sockets=3'], /^skep: --cpus: 3 sockets .* are not 4 \[ERR_CONFIG_CPUS\]\n$/],
     [[...run, '-c', 'cors=4'], /^skep: --cpus: .*did you mean "cores"\? \[ERR_CONFIG_CPUS\]\n$/],
+    [[...run, '--cpu', 'x86-64-v5'], /^skep: --cpu: expected host, .*got "x86-64-v5" \[ERR_CONFIG_CPU\]\n$/],
+    [[...run, '--cpu', 'host,aes'], /^skep: --cpu: expected MODEL,\+FEATURE,-FEATURE such as .*got "host,aes"\n$/],
+    [
+      [...run, '--cpu', 'host,+avx52'],
+      /^skep: --cpu: unknown option .*did you mean "avx2"\? \[ERR_CONFIG_UNKNOWN\]\n$/,
+    ],
+    [[...run, '--cpu=-ht'], /^skep: --cpu: ht is no feature of its own: it follows from cpus \[ERR_CONFIG_CPU\]\n$/],
+    [[...run, '--cpu', 'host', '--cpus', '0'], /^skep: --cpus: .* got 0 \[ERR_CONFIG_CPUS\]\n$/],
     [[...run, '--accel', 'kvm'], /^skep: --accel: this version .*\[ERR_ACCEL_UNSUPPORTED\]\n$/],
     [
       [...run, '--accel', 'sofware'],
@@ -192,6 +200,25 @@ describe('the configuration', () => {
       name: 'other',
       boot: { kind: 'rom', rom: join(folder, 'r') },
     })
+  })
+
+  test('has the processor that the last model and all features since make', async () => {
+    const cpu = async (...options: string[]) => (await print('--kernel', 'k', ...options)).cpu
+    expect(await cpu()).toEqual({ model: 'host', features: {} })
+    expect(await cpu('--cpu', 'x86-64-v2,+aes')).toEqual({ model: 'x86-64-v2', features: { aes: true } })
+    expect(await cpu('--cpu=-aes', '--cpu', '+rdrand')).toEqual({
+      model: 'host',
+      features: { aes: false, rdrand: true },
+    })
+    for (const cpu of ['x86-64-v3', { model: 'x86-64-v3', features: { aes: true } }]) {
+      await writeFile(join(folder, 'cpu.json'), JSON.stringify({ boot: { kernel: 'k' }, cpu }))
+      const features = typeof cpu === 'string' ? {} : cpu.features
+      expect((await print('cpu.json', '--cpu=-fma')).cpu).toEqual({
+        model: 'x86-64-v3',
+        features: { ...features, fma: false },
+      })
+      expect((await print('cpu.json', '--cpu', 'host')).cpu).toEqual({ model: 'host', features: {} })
+    }
   })
 
   test('that was printed can be run again', async () => {

@@ -3,6 +3,7 @@ import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import fc from 'fast-check'
 import { describe, expect, test } from 'vitest'
+import { cpuFeatures, cpuModels, parseCpu } from '../../ts/src/config/cpu.js'
 import { loadConfig } from '../../ts/src/config/load.js'
 import { configOptions, unsupportedOptions } from '../../ts/src/config/options.js'
 import { defineVm, resolve } from '../../ts/src/config/resolve.js'
@@ -39,6 +40,20 @@ describe('what is refused', () => {
     [{ boot, cpus: { sockets: 8, cores: 8, threads: 2 } }, 'ERR_CONFIG_CPUS', 'cpus', /product/],
     [{ boot, cpus: { cores: 0 } }, 'ERR_CONFIG_CPUS', 'cpus.cores', /got 0$/],
     [{ boot, cpus: { core: 2 } }, 'ERR_CONFIG_UNKNOWN', 'cpus.core', /did you mean "cores"\?$/],
+    // the processor they are
+    [{ boot, cpu: 'x86-64-v5' }, 'ERR_CONFIG_CPU', 'cpu', /expected host, .* or x86-64-v4, .*got "x86-64-v5"$/],
+    [{ boot, cpu: 5 }, 'ERR_CONFIG_CPU', 'cpu', /got 5$/],
+    [{ boot, cpu: { model: 'epyc' } }, 'ERR_CONFIG_CPU', 'cpu.model', /expected host, .*got "epyc"$/],
+    [{ boot, cpu: { models: 'host' } }, 'ERR_CONFIG_UNKNOWN', 'cpu.models', /did you mean "model"\?$/],
+    [{ boot, cpu: { features: ['aes'] } }, 'ERR_CONFIG_CPU', 'cpu.features', /got an array$/],
+    [{ boot, cpu: { features: { aes: 'on' } } }, 'ERR_CONFIG_CPU', 'cpu.features.aes', /true or false, got "on"$/],
+    [
+      { boot, cpu: { features: { avx52: true } } },
+      'ERR_CONFIG_UNKNOWN',
+      'cpu.features.avx52',
+      /^unknown option "cpu\.features\.avx52"; did you mean "avx2"\?$/,
+    ],
+    [{ boot, cpu: { features: { ht: false } } }, 'ERR_CONFIG_CPU', 'cpu.features.ht', /follows from cpus$/],
     // memory
     [{ boot, memory: '1M' }, 'ERR_CONFIG_MEMORY', 'memory', /from 2M to 16T.*got "1M"$/],
     [{ boot, memory: 2 ** 20 }, 'ERR_CONFIG_MEMORY', 'memory', /got 1048576$/],
@@ -168,6 +183,7 @@ describe('what it resolves into', () => {
       name: 'vm',
       uuid: expect.stringMatching(/^[\da-f]{8}-[\da-f]{4}-8[\da-f]{3}-[89ab][\da-f]{3}-[\da-f]{12}$/),
       cpus: { sockets: 1, cores: 1, threads: 1 },
+      cpu: { model: 'host', features: {} },
       memory: { size: 256 * 2 ** 20 },
       accel: 'software',
       engine: 'interpreter',
@@ -192,6 +208,7 @@ describe('what it resolves into', () => {
       name: 'web1',
       uuid: '01234567-89AB-cdef-0123-456789abcdef',
       cpus: { sockets: 2, cores: 4 },
+      cpu: { model: 'x86-64-v2', features: { aes: true, rdtscp: false, avx: undefined } },
       memory: { size: '1.5G' },
       boot: { rom: 'firmware.bin' },
       devices: { '0:31:0': { type: 'lpc', com1: 'none', com2: 'file:log', com4: { kind: 'file', path: '/abs' } } },
@@ -203,6 +220,7 @@ describe('what it resolves into', () => {
       name: 'web1',
       uuid: '01234567-89ab-cdef-0123-456789abcdef',
       cpus: { sockets: 2, cores: 4, threads: 1 },
+      cpu: { model: 'x86-64-v2', features: { aes: true, rdtscp: false } },
       memory: { size: 1.5 * 2 ** 30 },
       boot: { kind: 'rom', rom: '/srv/firmware.bin' },
       devices: {
@@ -227,6 +245,16 @@ describe('what it resolves into', () => {
     {
       name: fc.stringMatching(/^[\w .-]{1,40}$/),
       cpus: fc.oneof(fc.integer({ min: 1, max: 64 }), fc.record({ cores: fc.integer({ min: 1, max: 8 }) })),
+      cpu: fc.oneof(
+        fc.constantFrom(...cpuModels),
+        fc.record(
+          {
+            model: fc.constantFrom(...cpuModels),
+            features: fc.dictionary(fc.constantFrom(...cpuFeatures), fc.boolean(), { maxKeys: 5 }),
+          },
+          { requiredKeys: [] },
+        ),
+      ),
       memory: fc.oneof(
         fc.integer({ min: 2, max: 1 << 20 }).map((mib) => mib * 2 ** 20),
         fc.integer({ min: 2, max: 999 }).map((mib) => `${mib}M` as const),
@@ -262,10 +290,34 @@ describe('what it resolves into', () => {
     expect(accepted).toBeGreaterThan(20)
   })
 
+  test('a processor is a model, features, or both', () => {
+    const cpu = (cpu: VmConfig['cpu']) => resolve({ boot, cpu }).cpu
+    expect(cpu('x86-64-v3')).toEqual({ model: 'x86-64-v3', features: {} })
+    expect(cpu({ features: { aes: false } })).toEqual({ model: 'host', features: { aes: false } })
+    expect(cpu({ model: 'x86-64-v1' })).toEqual({ model: 'x86-64-v1', features: {} })
+  })
+
   test('a machine keeps its UUID, and others have others', () => {
     const uuid = (name: string) => resolve({ boot, name }).uuid
     expect(uuid('a')).toBe(uuid('a'))
     expect(uuid('a')).not.toBe(uuid('b'))
+  })
+})
+
+describe('processors on the command line', () => {
+  test.each([
+    ['host', { model: 'host', features: {} }],
+    ['x86-64-v2,+aes,-rdtscp', { model: 'x86-64-v2', features: { aes: true, rdtscp: false } }],
+    ['+aes', { features: { aes: true } }],
+    ['-aes,+avx', { features: { aes: false, avx: true } }],
+    ['host,+aes,-aes', { model: 'host', features: { aes: false } }],
+    ['', undefined],
+    ['host,', undefined],
+    ['host,aes', undefined],
+    ['host,+', undefined],
+    [',+aes', undefined],
+  ])('%j', (text, parsed) => {
+    expect(parseCpu(text)).toEqual(parsed)
   })
 })
 

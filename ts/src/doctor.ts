@@ -3,6 +3,7 @@
  *
  * @module
  */
+import type { CpuFeature, CpuModel } from './config/cpu.js'
 import { crossingSync, native } from './native.js'
 
 /** What there is, as of {@link diagnose}. */
@@ -29,6 +30,15 @@ export interface Diagnosis {
     /** Why it cannot be opened. */
     error?: string
   }
+  /** What processors guests can have, for each way of running them. */
+  guests: {
+    /** The way: `software`, `kvm`. */
+    backEnd: string
+    /** All models, and whether they can be had here; if not, why. */
+    models: { name: CpuModel; available: boolean; reason?: string }[]
+    /** All features by name, and whether they can be had here. */
+    features: Record<CpuFeature, boolean>
+  }[]
   /** What runs the processors. */
   accelerator: {
     /** What `accel: 'auto'` picks here. */

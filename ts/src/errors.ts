@@ -80,6 +80,11 @@ const table = {
     'The number of processors is not a whole number from 1 to 64, or the product of the topology is not.',
     'Give 1 to 64 processors.',
   ),
+  ERR_CONFIG_CPU: entry(
+    'ConfigError',
+    'The processor is of no known model, or a feature is neither on nor off.',
+    'Give a model that the message names; features are true or false.',
+  ),
   ERR_CONFIG_MEMORY: entry(
     'ConfigError',
     'The memory size is not a size, not a multiple of 1 MiB, or out of range.',
@@ -133,6 +138,26 @@ const table = {
     'Write it as 01234567-89ab-cdef-0123-456789abcdef.',
   ),
   ERR_SPEC_CPUS: entry('ConfigError', 'The number of processors is out of range.', 'Give 1 to 64 processors.'),
+  ERR_CPU_FEATURE_UNKNOWN: entry(
+    'ConfigError',
+    'There is no processor feature of that name.',
+    'Correct it; skep doctor --json has all names.',
+  ),
+  ERR_CPU_FEATURE_FIXED: entry(
+    'ConfigError',
+    'A processor feature cannot be set, because every processor has it or it follows from something else.',
+    'Leave it out.',
+  ),
+  ERR_CPU_FEATURE_NEEDS: entry(
+    'ConfigError',
+    'A processor feature was turned on without those that it needs.',
+    'Turn on what the message names, or choose a model that has it.',
+  ),
+  ERR_CPU_FEATURE_NEEDED: entry(
+    'ConfigError',
+    'A processor feature was turned off that others need.',
+    'Turn off those too that the message names.',
+  ),
   ERR_SPEC_MEMORY: entry(
     'ConfigError',
     'The memory size is out of range or not a multiple of 1 MiB.',
@@ -198,6 +223,11 @@ const table = {
     'HostError',
     'That way of running processors is not available.',
     'Use accel "auto" or "software"; skep doctor says what this host offers.',
+  ),
+  ERR_CPU_UNAVAILABLE: entry(
+    'HostError',
+    'This host, or what runs the processors, lacks a feature that the model has or that was turned on.',
+    'Choose a lower model or leave the feature out; skep doctor says what there is.',
   ),
   ERR_THREAD: entry(
     'HostError',

@@ -5,6 +5,7 @@
  *
  * @module skep
  */
+export { type CpuFeature, type CpuModel, cpuFeatures, cpuModels } from './config/cpu.js'
 export { loadConfig } from './config/load.js'
 export { defineVm, type ResolveOptions, resolve } from './config/resolve.js'
 export { configJsonSchema } from './config/schema.js'
@@ -13,6 +14,8 @@ export type {
   Accelerator,
   BootConfig,
   BootModule,
+  CpuConfig,
+  CpuFeatures,
   CpuTopology,
   DevicesConfig,
   KernelBoot,

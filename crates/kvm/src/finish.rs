@@ -13,8 +13,6 @@ use crate::vm::Shared;
 
 /// KVM_INTERNAL_ERROR_EMULATION.
 const EMULATION: u32 = 1;
-/// KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES.
-const BYTES_VALID: u64 = 1;
 /// #UD, which kernels without KVM_CAP_EXIT_ON_EMULATION_FAILURE raise as well.
 const UNDEFINED: u8 = 6;
 
@@ -47,64 +45,43 @@ impl Finisher {
         vcpu: &VcpuFd,
         shared: &Shared,
         suberror: u32,
-        data: &[u64; 16],
-        length: u32,
         io: &mut dyn VcpuIo,
     ) -> Result<IoFlow, RunEnd> {
         let rip = vcpu.get_regs().map_or(0, |regs| regs.rip);
-        let bytes = instruction_bytes(data, length);
-        let fail = |why: &str| {
-            let bytes = bytes.iter().map(|byte| format!(" {byte:02x}")).collect::<String>();
-            RunEnd::Failed(format!("KVM cannot execute the instruction at {rip:#x}{bytes}: {why}"))
+        let fail = |what: &str, why: &str| {
+            RunEnd::Failed(format!("KVM cannot execute the instruction at {rip:#x}{what}: {why}"))
         };
         if suberror != EMULATION {
-            return Err(fail(&format!("internal error {suberror}")));
+            return Err(fail("", &format!("internal error {suberror}")));
         }
-        let stepper = self.stepper(shared).map_err(|why| fail(&why))?;
-        let mut state =
-            state::get(vcpu, stepper.groups(), &shared.shape).map_err(|error| fail(&error.to_string()))?;
+        let stepper = self.stepper(shared).map_err(|why| fail("", &why))?;
+        let mut groups = stepper.groups();
+        let read = |groups| state::get(vcpu, groups, &shared.shape);
+        let mut state = read(groups).map_err(|error| fail("", &error.to_string()))?;
+        let fetched = stepper.fetch(&state);
+        let bytes = fetched.bytes.iter().map(|byte| format!(" {byte:02x}")).collect::<String>();
+        let fail = |why: &str| fail(&bytes, why);
+        if fetched.groups != groups {
+            groups = fetched.groups;
+            state = read(groups).map_err(|error| fail(&error.to_string()))?;
+        }
         if let Some(events) = &mut state.events
             && events.exception.is_some_and(|exception| exception.vector == UNDEFINED)
         {
             events.exception = None;
         }
-        let linear = rip.wrapping_add(state.system.map_or(0, |system| system.segments[1].base));
-        let flow = match stepper.step(&mut state, io) {
-            Step::Done => IoFlow::Continue,
+        let step = stepper.step(&mut state, io);
+        let flow = match step {
+            Step::Done | Step::Flushed => IoFlow::Continue,
             Step::Leave => IoFlow::Leave,
             Step::TripleFault => return Err(RunEnd::TripleFault),
             Step::Failed(why) => return Err(fail(&why)),
         };
         state::set(vcpu, &state, &shared.shape).map_err(|error| fail(&error.to_string()))?;
-        io.emulated(linear, &bytes);
+        if step == Step::Flushed {
+            state::flush_translations(vcpu).map_err(|error| fail(&error.to_string()))?;
+        }
+        io.emulated(fetched.rip, &fetched.bytes);
         Ok(flow)
-    }
-}
-
-/// The instruction as KVM has fetched it, where it says so: flags, then a byte of length and 15 bytes.
-fn instruction_bytes(data: &[u64; 16], length: u32) -> Vec<u8> {
-    if length < 3 || data[0] & BYTES_VALID == 0 {
-        return Vec::new();
-    }
-    let bytes: Vec<u8> = data[1..3].iter().flat_map(|word| word.to_le_bytes()).collect();
-    let count = usize::from(bytes[0]).min(15);
-    bytes[1..=count].to_vec()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn bytes_of_the_instruction() {
-        let mut data = [0; 16];
-        data[0] = BYTES_VALID;
-        data[1] = u64::from_le_bytes([3, 0x0f, 0x6f, 0x01, 9, 9, 9, 9]);
-        assert_eq!(instruction_bytes(&data, 4), [0x0f, 0x6f, 0x01]);
-        assert_eq!(instruction_bytes(&data, 2), []);
-        data[1] |= 0xff;
-        assert_eq!(instruction_bytes(&data, 4).len(), 15);
-        data[0] = 0;
-        assert_eq!(instruction_bytes(&data, 4), []);
     }
 }

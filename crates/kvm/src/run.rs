@@ -27,8 +27,8 @@ pub(crate) enum Exit {
     Interrupted,
     /// The processor refused to enter the guest: hardware's reason, CPU number.
     FailedEntry(u64, u32),
-    /// KVM gave up: its reason and up to 16 words about it.
-    InternalError { suberror: u32, data: [u64; 16], length: u32 },
+    /// KVM gave up, for this reason.
+    InternalError(u32),
     /// Any other reason.
     Other(u32),
 }
@@ -48,7 +48,7 @@ pub(crate) fn name(exit: &Exit) -> &'static str {
         Exit::DirtyRingFull => "dirtyRingFull",
         Exit::Interrupted => "interrupted",
         Exit::FailedEntry(..) => "failedEntry",
-        Exit::InternalError { .. } => "emulationFailure",
+        Exit::InternalError(_) => "emulationFailure",
         Exit::Other(_) => "other",
     }
 }
@@ -95,8 +95,7 @@ pub(crate) fn exit(vcpu: &mut VcpuFd) -> Exit {
         }
         KVM_EXIT_INTERNAL_ERROR => {
             // SAFETY: as above.
-            let error = unsafe { union.internal };
-            Exit::InternalError { suberror: error.suberror, data: error.data, length: error.ndata.min(16) }
+            Exit::InternalError(unsafe { union.internal.suberror })
         }
         reason => Exit::Other(reason),
     }

@@ -139,6 +139,18 @@ pub(crate) fn set(vcpu: &VcpuFd, state: &CpuState, shape: &Shape) -> Result<(), 
     Ok(())
 }
 
+/// Makes the processor forget what it remembers of the guest's page tables. There is no request for that; a change of CR4.PGE
+/// does it (SDM vol. 3A §4.10.4.1), there and back.
+pub(crate) fn flush_translations(vcpu: &VcpuFd) -> Result<(), StateError> {
+    const PGE: u64 = 1 << 7;
+    let mut sregs = vcpu.get_sregs().moved("KVM_GET_SREGS")?;
+    for _ in 0..2 {
+        sregs.cr4 ^= PGE;
+        vcpu.set_sregs(&sregs).moved("KVM_SET_SREGS")?;
+    }
+    Ok(())
+}
+
 /// A group that KVM refuses as a whole; it does not say which value of it.
 fn refused(field: &'static str, value: u64, error: &kvm_ioctls::Error) -> StateError {
     match error.errno() {

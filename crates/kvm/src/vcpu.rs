@@ -152,8 +152,8 @@ impl KvmVcpu {
             // The kernel waits by itself. Should it not, the next KVM_RUN does.
             Exit::Halt => Next::Go,
             Exit::Shutdown => Next::End(RunEnd::TripleFault),
-            Exit::InternalError { suberror, data, length } => {
-                let step = self.finisher.finish(&self.fd, &self.shared, suberror, &data, length, io);
+            Exit::InternalError(suberror) => {
+                let step = self.finisher.finish(&self.fd, &self.shared, suberror, io);
                 match step {
                     Ok(flow) => {
                         self.stats.emulated += 1;

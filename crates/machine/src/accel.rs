@@ -2,7 +2,7 @@
 
 use skep_cpu::Software;
 use skep_hv::Hypervisor;
-use skep_hv::cpuid::{self, CpuidTable, PolicyOptions, policy};
+use skep_hv::cpuid::{CpuidTable, PolicyOptions, Provider, policy};
 use skep_kvm::{Kvm, KvmOptions};
 
 use crate::error::Error;
@@ -19,9 +19,15 @@ pub fn hypervisor(spec: &MachineSpec) -> Result<Box<dyn Hypervisor>, Error> {
     })
 }
 
-/// What CPUID shows to the guest of a back end whose TSC runs at `tsc_hz`.
-pub(crate) fn cpuid(spec: &MachineSpec, hypervisor: &dyn Hypervisor, tsc_hz: u64) -> CpuidTable {
+/// What CPUID shows to the guest of a back end that can give `host` and whose TSC runs at `tsc_hz`.
+pub(crate) fn cpuid(spec: &MachineSpec, host: &CpuidTable, tsc_hz: u64) -> Result<CpuidTable, Error> {
     let options = PolicyOptions {
+        provider: match spec.accel {
+            Accel::Software => Provider::Software,
+            Accel::Kvm => Provider::Hardware,
+        },
+        model: spec.cpu.model,
+        features: spec.cpu.features.clone(),
         vcpus: spec.vcpus(),
         cores: spec.cpus.cores,
         threads: spec.cpus.threads,
@@ -30,21 +36,5 @@ pub(crate) fn cpuid(spec: &MachineSpec, hypervisor: &dyn Hypervisor, tsc_hz: u64
         apic_hz: 1_000_000_000,
         ..PolicyOptions::default()
     };
-    let mut table = policy(&cpuid::host(), &options);
-    if spec.accel == Accel::Kvm {
-        let can = hypervisor.cpuid().unwrap();
-        for (f, i) in [(1, 0), (7, 0), (7, 2), (0xd, 1), (0x8000_0001, 0), (0x4000_0001, 0)] {
-            let (mut leaf, can) = (table.get(f, i).unwrap_or_default(), can.get(f, i).unwrap_or_default());
-            if f != 1 {
-                if f != 7 {
-                    leaf.eax &= can.eax;
-                }
-                leaf.ebx &= can.ebx;
-            }
-            leaf.ecx &= can.ecx | 1 << 31;
-            leaf.edx &= can.edx;
-            table.set(f, i, leaf);
-        }
-    }
-    table
+    Ok(policy(host, &options)?)
 }

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use serde_json::{Value, json};
 use skep_boot::BootError;
 use skep_hv::HvError;
+use skep_hv::cpuid::PolicyError;
 use skep_hv::state::StateError;
 use skep_memory::MemoryError;
 
@@ -23,6 +24,9 @@ pub enum Error {
         /// What is wrong and what would be right.
         message: String,
     },
+    /// The processor that was asked for cannot be.
+    #[error(transparent)]
+    Cpu(#[from] PolicyError),
     /// A command that does not fit the machine's state.
     #[error("cannot {command} a machine that is {state}{}", .hint.map(|h| format!("; {h}")).unwrap_or_default())]
     State {
@@ -129,6 +133,11 @@ impl Error {
     pub fn code(&self) -> &'static str {
         match self {
             Self::Spec { code, .. } => code,
+            Self::Cpu(PolicyError::Unknown { .. }) => "ERR_CPU_FEATURE_UNKNOWN",
+            Self::Cpu(PolicyError::Fixed { .. }) => "ERR_CPU_FEATURE_FIXED",
+            Self::Cpu(PolicyError::Needs { .. }) => "ERR_CPU_FEATURE_NEEDS",
+            Self::Cpu(PolicyError::NeededBy { .. }) => "ERR_CPU_FEATURE_NEEDED",
+            Self::Cpu(PolicyError::Unavailable { .. }) => "ERR_CPU_UNAVAILABLE",
             Self::State { .. } => "ERR_VM_STATE",
             Self::Boot(error) => error.code(),
             Self::HostMemory { .. } => "ERR_MEMORY_HOST",
@@ -151,6 +160,7 @@ impl Error {
     pub fn path(&self) -> Option<String> {
         match self {
             Self::Spec { path, .. } => (!path.is_empty()).then(|| path.clone()),
+            Self::Cpu(error) => Some(cpu_path(error)),
             Self::Boot(error) => Some(error.path()),
             Self::HostMemory { .. } => Some("memory.size".into()),
             Self::NoConsole { port } | Self::SerialFile { port, .. } => {
@@ -164,6 +174,7 @@ impl Error {
     /// Machine-readable particulars, an object, where there are any.
     pub fn details(&self) -> Option<Value> {
         match self {
+            Self::Cpu(error) => cpu_details(error),
             Self::State { command, state, .. } => Some(json!({ "command": command, "state": state })),
             Self::HostMemory { size, .. } => Some(json!({ "size": size })),
             Self::Length { length, max } => Some(json!({ "length": length, "max": max })),
@@ -186,6 +197,33 @@ impl Error {
         }
         object
     }
+}
+
+/// Where the reason for a refused processor lies.
+fn cpu_path(error: &PolicyError) -> String {
+    match error.feature() {
+        None => "cpu.model".into(),
+        Some(name) if name.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'_') => {
+            format!("cpu.features.{name}")
+        }
+        Some(name) => format!("cpu.features[{}]", Value::from(name)),
+    }
+}
+
+fn cpu_details(error: &PolicyError) -> Option<Value> {
+    Some(match error {
+        PolicyError::Unknown { nearest, .. } => json!({ "nearest": nearest }),
+        PolicyError::Fixed { .. } => return None,
+        PolicyError::Unavailable { model, features } => {
+            let reasons: serde_json::Map<String, Value> = features
+                .iter()
+                .map(|(name, reason)| ((*name).to_owned(), reason.to_string().into()))
+                .collect();
+            json!({ "model": model, "features": reasons })
+        }
+        PolicyError::Needs { missing, .. } => json!({ "missing": missing }),
+        PolicyError::NeededBy { dependents, .. } => json!({ "dependents": dependents }),
+    })
 }
 
 impl From<StateError> for Error {

@@ -10,6 +10,7 @@ use std::thread::{Builder, JoinHandle};
 use serde::Serialize;
 use skep_boot::{BootOptions, BootPaths, MemoryLayout, Payload, Platform};
 use skep_chipset::Device;
+use skep_cpu::Interpreter;
 use skep_hv::{Hypervisor, VcpuStats, VmOptions};
 use skep_memory::GuestMemory;
 
@@ -183,11 +184,12 @@ impl Machine {
         let loaded = skep_boot::load(&memory, &boot)?;
 
         let tsc_hz = hypervisor.tsc_hz();
-        let cpuid = accel::cpuid(spec, hypervisor, tsc_hz);
+        let cpuid = accel::cpuid(spec, &hypervisor.cpuid()?, tsc_hz)?;
         let options = VmOptions {
             vcpus: spec.vcpus(),
             cpuid: cpuid.clone(),
             tsc_hz: Some(tsc_hz),
+            stepper: Some(Arc::new(Interpreter)),
             ..VmOptions::default()
         };
         let vm = hypervisor.create_vm(memory.clone(), options)?;

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
+use skep_hv::cpuid::{self, Model};
 
 use crate::error::Error;
 
@@ -35,6 +36,9 @@ pub struct MachineSpec {
     pub uuid: String,
     /// Processor topology.
     pub cpus: Cpus,
+    /// The processor that guests see. Specifications from before it existed mean all that there is.
+    #[serde(default)]
+    pub cpu: Cpu,
     /// Memory.
     pub memory: Memory,
     /// What runs the vCPUs.
@@ -70,6 +74,16 @@ impl Cpus {
     pub fn count(&self) -> Option<u32> {
         self.sockets.checked_mul(self.cores)?.checked_mul(self.threads)
     }
+}
+
+/// What CPUID shows.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Cpu {
+    /// The model.
+    pub model: Model,
+    /// Features on and off by name, on top of the model.
+    pub features: BTreeMap<String, bool>,
 }
 
 /// Guest memory.
@@ -211,6 +225,7 @@ impl MachineSpec {
             );
             return Err(Error::spec("ERR_SPEC_CPUS", "cpus", message));
         }
+        cpuid::check_names(&self.cpu.features)?;
         let size = self.memory.size;
         if !size.is_multiple_of(MEMORY_GRANULE) || !MEMORY_RANGE.contains(&size) {
             let message = format!(
@@ -337,7 +352,8 @@ pub(crate) mod tests {
     fn valid() -> Value {
         json!({
             "version": 1, "name": "web1", "uuid": "01234567-89ab-cdef-0123-456789ABCDEF",
-            "cpus": { "sockets": 1, "cores": 2, "threads": 1 }, "memory": { "size": 536870912 },
+            "cpus": { "sockets": 1, "cores": 2, "threads": 1 },
+            "cpu": { "model": "host", "features": { "aes": false } }, "memory": { "size": 536870912 },
             "accel": "software", "engine": "interpreter",
             "boot": { "kind": "kernel", "kernel": "/k", "initrd": null, "cmdline": "", "modules": [] },
             "devices": { "0:31:0": { "type": "lpc", "com1": { "kind": "console" }, "com2": { "kind": "file", "path": "/x" },
@@ -373,6 +389,7 @@ pub(crate) mod tests {
         for at in [
             "",
             "/cpus",
+            "/cpu",
             "/memory",
             "/boot",
             "/devices/0:31:0",
@@ -387,10 +404,30 @@ pub(crate) mod tests {
     #[test]
     fn every_missing_field_is_refused() {
         let keys: Vec<String> = valid().as_object().unwrap().keys().cloned().collect();
-        for key in keys {
+        for key in keys.into_iter().filter(|key| key != "cpu") {
             let (code, _) = refused(|spec| drop(spec.as_object_mut().unwrap().remove(&key)));
             assert_eq!(code, "ERR_SPEC_JSON", "without {key}");
         }
+    }
+
+    #[test]
+    fn a_specification_without_a_processor_means_the_hosts() {
+        let mut old = valid();
+        old.as_object_mut().unwrap().remove("cpu");
+        assert_eq!(MachineSpec::from_json(&old.to_string()).unwrap().cpu, Cpu::default());
+    }
+
+    #[test]
+    fn processors_are_checked() {
+        for model in ["x86-64-v5", "", "HOST"] {
+            assert_eq!(refused(|spec| spec["cpu"]["model"] = model.into()).0, "ERR_SPEC_JSON");
+        }
+        assert_eq!(refused(|spec| spec["cpu"]["features"]["aes"] = 1.into()).0, "ERR_SPEC_JSON");
+        let refusal = |name: &str, on: bool| refused(|spec| spec["cpu"]["features"][name] = on.into());
+        let path = |path: &str| Some(path.to_owned());
+        assert_eq!(refusal("aess", true), ("ERR_CPU_FEATURE_UNKNOWN", path("cpu.features.aess")));
+        assert_eq!(refusal("a.s", true), ("ERR_CPU_FEATURE_UNKNOWN", path("cpu.features[\"a.s\"]")));
+        assert_eq!(refusal("lm", false), ("ERR_CPU_FEATURE_FIXED", path("cpu.features.lm")));
     }
 
     #[test]

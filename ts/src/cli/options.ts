@@ -1,6 +1,7 @@
 /** The options of `skep run`, in one table: the parser, the help, the completions and the documentation come from here. */
 import { resolve } from 'node:path'
 import { checkSlot, parseCpus, parseLpc, parseMemory, parseSerial } from '../bhyve/args.js'
+import { cpuModels, parseCpu } from '../config/cpu.js'
 import { UsageError } from './context.js'
 import { parseDuration } from './duration.js'
 
@@ -29,7 +30,7 @@ export interface RunOption {
   /** The values there are. */
   readonly choices?: readonly string[]
   /** What completions offer. */
-  readonly complete?: 'file' | 'image'
+  readonly complete?: 'file' | 'image' | 'cpu'
   /** Where in the configuration it goes; errors there are told by the option's name. */
   readonly path?: string
   /** Puts a value into the configuration or the settings. */
@@ -140,6 +141,26 @@ export const runOptions: readonly RunOption[] = [
     path: 'cpus',
     apply: (value, draft) => {
       draft['cpus'] = parseCpus(value)
+    },
+  },
+  {
+    flags: '--cpu <model>',
+    about: `processor: ${cpuModels.join(', ')}; then ,+feature and ,-feature (default: host)`,
+    group: 'Machine:',
+    complete: 'cpu',
+    path: 'cpu',
+    apply: (value, draft) => {
+      const parsed = parseCpu(value)
+      if (parsed === undefined) {
+        throw new UsageError(
+          `--cpu: expected MODEL,+FEATURE,-FEATURE such as x86-64-v2,+aes, got ${JSON.stringify(value)}`,
+        )
+      }
+      // A model starts afresh; features alone go on top of what the configuration says.
+      const current = typeof draft['cpu'] === 'string' ? { model: draft['cpu'] } : { ...object(draft, 'cpu') }
+      const cpu: Draft = parsed.model === undefined ? current : { model: parsed.model }
+      cpu['features'] = { ...object(cpu, 'features'), ...parsed.features }
+      draft['cpu'] = cpu
     },
   },
   {

@@ -3,6 +3,8 @@
  * descriptions in the JSON Schema come from here. Paths are written as in errors; `[]` stands for any element.
  */
 
+import { cpuFeatures, cpuModels } from './cpu.js'
+
 /** What the table says about an option. */
 export interface ConfigOption {
   /** What it takes, to follow "expected". */
@@ -11,6 +13,7 @@ export interface ConfigOption {
   readonly about: string
 }
 
+const models = `${cpuModels.slice(0, -1).join(', ')} or ${cpuModels.at(-1)}`
 const serial = 'console, stdio, none, file:PATH, or { kind }'
 const port = (name: string, where: string, fallback: string): ConfigOption => ({
   expects: serial,
@@ -39,6 +42,21 @@ export const configOptions: ReadonlyMap<string, ConfigOption> = new Map(
     'cpus.sockets': { expects: 'a whole number from 1 to 64', about: 'Packages. Default 1.' },
     'cpus.cores': { expects: 'a whole number from 1 to 64', about: 'Cores in a package. Default 1.' },
     'cpus.threads': { expects: 'a whole number from 1 to 64', about: 'Threads of a core. Default 1.' },
+    cpu: {
+      expects: `${models}, or { model, features }`,
+      about: 'The processor that the guest sees. Default host: all that there is here.',
+    },
+    'cpu.model': { expects: models, about: 'What the processor starts from. Default host.' },
+    'cpu.features': {
+      expects: 'features by name: { "aes": false }',
+      about: 'Features on and off, on top of the model, by their names in /proc/cpuinfo.',
+    },
+    ...Object.fromEntries(
+      cpuFeatures.map((name) => [
+        `cpu.features.${name}`,
+        { expects: 'true or false', about: 'Whether the processor shows it. Default: as the model has it.' },
+      ]),
+    ),
     memory: {
       expects: 'a size from 2M to 16T in whole MiB, such as 512M or 2G (or a number of bytes)',
       about: 'Guest memory. Default 256M.',

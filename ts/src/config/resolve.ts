@@ -35,6 +35,7 @@ export function resolve(config: VmConfig, options: ResolveOptions = {}): Machine
     name,
     uuid: valid.uuid?.toLowerCase() ?? uuidOf(name),
     cpus: topology(valid.cpus ?? 1),
+    cpu: processor(valid.cpu ?? 'host'),
     memory: { size: bytes(valid.memory ?? '256M') },
     accel: accelerator(valid.accel ?? 'auto'),
     engine: 'interpreter',
@@ -51,6 +52,12 @@ export function resolve(config: VmConfig, options: ResolveOptions = {}): Machine
 function topology(cpus: NonNullable<VmConfig['cpus']>): MachineSpec['cpus'] {
   if (typeof cpus === 'number') return { sockets: 1, cores: cpus, threads: 1 }
   return { sockets: cpus.sockets ?? 1, cores: cpus.cores ?? 1, threads: cpus.threads ?? 1 }
+}
+
+function processor(cpu: NonNullable<VmConfig['cpu']>): MachineSpec['cpu'] {
+  const { model = 'host', features = {} } = typeof cpu === 'string' ? { model: cpu } : cpu
+  const given = Object.entries(features).filter(([, on]) => on !== undefined)
+  return { model, features: Object.fromEntries(given) }
 }
 
 function bytes(memory: NonNullable<VmConfig['memory']>): number {

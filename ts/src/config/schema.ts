@@ -1,5 +1,6 @@
 /** The schema of configurations. It is checked against the hand-written types where this file ends. */
 import { z } from 'zod'
+import { type CpuFeature, cpuFeatures, cpuModels } from './cpu.js'
 import { configOptions } from './options.js'
 import { parseSize } from './size.js'
 import type { VmConfig } from './types.js'
@@ -25,6 +26,13 @@ const factor = z.int().min(1).max(maxCpus)
 const topology = z
   .strictObject({ sockets: factor.optional(), cores: factor.optional(), threads: factor.optional() })
   .refine(({ sockets = 1, cores = 1, threads = 1 }) => sockets * cores * threads <= maxCpus)
+
+const model = z.enum(cpuModels)
+const flag = z.boolean().optional()
+const features = z.strictObject(
+  Object.fromEntries(cpuFeatures.map((name) => [name, flag])) as Record<CpuFeature, typeof flag>,
+)
+const cpu = z.strictObject({ model: model.optional(), features: features.optional() })
 
 const size = z
   .union([z.number(), z.templateLiteral([z.number(), z.enum(['K', 'M', 'G', 'T', 'k', 'm', 'g', 't'])])])
@@ -74,6 +82,7 @@ const schema = z.strictObject({
     .regex(/^[\da-f]{8}(-[\da-f]{4}){3}-[\da-f]{12}$/i)
     .optional(),
   cpus: z.union([factor, topology]).optional(),
+  cpu: z.union([model, cpu]).optional(),
   memory: z.union([size, z.strictObject({ size })]).optional(),
   accel: z.enum(['auto', 'software', 'kvm']).optional(),
   engine: z.enum(['auto', 'interpreter']).optional(),

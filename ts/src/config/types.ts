@@ -3,6 +3,7 @@
  *
  * @module
  */
+import type { CpuFeature, CpuModel } from './cpu.js'
 import type { Size } from './size.js'
 
 /**
@@ -28,6 +29,11 @@ export interface VmConfig {
   uuid?: string | undefined
   /** Number of processors, 1 to 64, or their topology. Default 1. */
   cpus?: number | CpuTopology | undefined
+  /**
+   * The processor that the guest sees: a model, or a model and features on and off by name. Default `'host'`, all that
+   * there is here; with a named model the guest sees the same on every host, and can move between them.
+   */
+  cpu?: CpuModel | CpuConfig | undefined
   /** Memory, 2 MiB to 16 TiB in steps of 1 MiB. Default `'256M'`. */
   memory?: Size | MemoryConfig | undefined
   /** What runs the processors. Default `'auto'`, which in this version is `'software'`. */
@@ -61,6 +67,24 @@ export interface CpuTopology {
   /** Threads of a core. Default 1. */
   threads?: number | undefined
 }
+
+/**
+ * A processor.
+ *
+ * @example
+ * ```ts
+ * cpu: { model: 'x86-64-v2', features: { aes: true } }
+ * ```
+ */
+export interface CpuConfig {
+  /** What it starts from. Default `'host'`. */
+  model?: CpuModel | undefined
+  /** Features on and off, on top of the model. */
+  features?: CpuFeatures | undefined
+}
+
+/** Features by name, and whether they are on. */
+export type CpuFeatures = { [name in CpuFeature]?: boolean | undefined }
 
 /** Guest memory. */
 export interface MemoryConfig {
@@ -144,6 +168,8 @@ export interface MachineSpec {
   uuid: string
   /** Processors. */
   cpus: { sockets: number; cores: number; threads: number }
+  /** What CPUID shows. */
+  cpu: { model: CpuModel; features: CpuFeatures }
   /** Memory in bytes, a multiple of 1 MiB. */
   memory: { size: number }
   /** What runs the processors. */

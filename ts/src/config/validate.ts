@@ -2,6 +2,7 @@
 import type { z } from 'zod'
 import { ConfigError, type ConfigIssue } from '../errors.js'
 import { parseSlot } from '../pci/slot.js'
+import { derivedFlags } from './cpu.js'
 import { childrenOf, configOptions, unsupportedDevices, unsupportedOptions } from './options.js'
 import { vmConfigSchema } from './schema.js'
 import { didYouMean } from './suggest.js'
@@ -91,6 +92,10 @@ function unknown(path: readonly Key[], key: string, parent: unknown): ConfigIssu
   if (at === 'boot' && (key === 'rom' || key === 'kernel')) {
     return { code: 'ERR_CONFIG_INVALID', path: full, message: 'boot: give either kernel or rom, not both' }
   }
+  const source = at === 'cpu.features' ? derivedFlags.get(key) : undefined
+  if (source !== undefined) {
+    return { code: 'ERR_CONFIG_CPU', path: full, message: `${full}: ${key} is no feature of its own: ${source}` }
+  }
   const message = `unknown option "${full}"${didYouMean(key, childrenOf(generic(path)))}`
   return { code: 'ERR_CONFIG_UNKNOWN', path: full, message }
 }
@@ -144,6 +149,7 @@ function issueAt(keys: readonly Key[], value: unknown): ConfigIssue {
 function codeFor(path: string): ConfigIssue['code'] {
   if (path === 'version') return 'ERR_CONFIG_VERSION'
   if (/^cpus\b/.test(path)) return 'ERR_CONFIG_CPUS'
+  if (/^cpu\b/.test(path)) return 'ERR_CONFIG_CPU'
   if (/^memory\b/.test(path)) return 'ERR_CONFIG_MEMORY'
   if (/^devices.*\.com\d/.test(path)) return 'ERR_CONFIG_SERIAL'
   if (/^devices\b/.test(path)) return 'ERR_CONFIG_SLOT'

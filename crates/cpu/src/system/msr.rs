@@ -196,7 +196,9 @@ impl Cpu {
             index::BIOS_SIGN_ID => MICROCODE << 32,
             // Maximum non-turbo ratio in units of 100 MHz, which is the TSC's.
             index::PLATFORM_INFO => (((self.tsc.hz() + 50_000_000) / 100_000_000) & 0xff) << 8,
-            index::ARCH_CAPABILITIES if m.model.arch_capabilities => ARCH_CAPABILITIES,
+            index::ARCH_CAPABILITIES if m.model.arch_capabilities => {
+                m.model.cpuid.arch_capabilities(ARCH_CAPABILITIES)
+            }
             index::SYSENTER_CS => m.sysenter_cs,
             index::SYSENTER_ESP => m.sysenter_esp,
             index::SYSENTER_EIP => m.sysenter_eip,

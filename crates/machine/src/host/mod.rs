@@ -1,12 +1,14 @@
 //! What this host is and can do: for `skep doctor`, for the choice of an accelerator, and for refusing memory that the
 //! host does not have before anything is allocated.
 
+mod guest;
 mod kvm;
 
 use std::fs;
 
 use serde::Serialize;
 
+pub use guest::{GuestCpu, GuestModel};
 pub use kvm::Kvm;
 
 /// The host, as far as it matters to virtual machines.
@@ -16,6 +18,8 @@ pub struct Host {
     pub cpu: Cpu,
     /// `/dev/kvm`.
     pub kvm: Kvm,
+    /// What processors guests can have, by back end.
+    pub guests: Vec<GuestCpu>,
     /// What `auto` chooses.
     pub accelerator: Choice,
     /// The system.
@@ -106,7 +110,7 @@ pub fn probe() -> Host {
         cpus: std::thread::available_parallelism().map_or(1, usize::from),
         memory_bytes: memory,
     };
-    Host { cpu, kvm, accelerator, host, limits }
+    Host { cpu, kvm, guests: vec![GuestCpu::software()], accelerator, host, limits }
 }
 
 /// Memory and swap of this host in bytes: more can never be backed.

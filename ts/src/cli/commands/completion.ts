@@ -1,5 +1,6 @@
 /** `skep completion`: completions of shells, made from the tree of commands. */
 import type { Command, Option } from 'commander'
+import { cpuModels } from '../../config/cpu.js'
 
 /** The shells there are completions for. */
 export const shells = ['bash', 'zsh', 'fish'] as const
@@ -7,7 +8,7 @@ export const shells = ['bash', 'zsh', 'fish'] as const
 export type Shell = (typeof shells)[number]
 
 /** What completions offer for the value of an option or an operand. */
-export type Completion = 'file' | 'image' | 'shell' | 'none'
+export type Completion = 'file' | 'image' | 'cpu' | 'shell' | 'none'
 
 /** What is completed how; the tree of commands does not say it. */
 export type Completer = (command: string, item: string) => Completion
@@ -30,7 +31,7 @@ export function completionScript(
 ): string {
   const nodes = [...walk(program, [program.name()], completer)]
   const words = (complete: Completion, choices: readonly string[]): readonly string[] =>
-    complete === 'image' ? images : complete === 'shell' ? shells : choices
+    complete === 'image' ? images : complete === 'cpu' ? cpuModels : complete === 'shell' ? shells : choices
   if (shell === 'bash') return bash(program.name(), nodes, words)
   if (shell === 'zsh') return zsh(program.name(), nodes, words)
   return fish(program.name(), nodes, words)

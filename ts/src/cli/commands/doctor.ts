@@ -21,7 +21,7 @@ export async function doctor(options: { json?: boolean }, context: Context): Pro
 }
 
 /** Keys, and lines for each. */
-export function describe({ host, cpu, kvm, accelerator, limits }: Diagnosis): [string, ...string[]][] {
+export function describe({ host, cpu, kvm, guests, accelerator, limits }: Diagnosis): [string, ...string[]][] {
   const memory = `${(host.memoryBytes / 2 ** 30).toFixed(1)} GiB`
   const cpus = `${host.cpus} CPU${host.cpus === 1 ? '' : 's'}`
   return [
@@ -30,8 +30,15 @@ export function describe({ host, cpu, kvm, accelerator, limits }: Diagnosis): [s
     ['virtualization', virtualization(cpu.features)],
     ['/dev/kvm', ...kvmLines(kvm)],
     ['accelerator', `${accelerator.auto} (auto): ${accelerator.reason}`, 'choose with --accel kvm|software'],
+    ['guest CPUs', ...guests.map(guestLine), 'choose with --cpu MODEL,+feature,-feature; --json lists the features'],
     ...(Object.keys(limits).length > 0 ? [['limits', ...limitLines(limits)] as [string, ...string[]]] : []),
   ]
+}
+
+function guestLine({ backEnd, models }: Diagnosis['guests'][number]): string {
+  const names = (available: boolean): string =>
+    models.flatMap((model) => (model.available === available ? [model.name] : [])).join(', ')
+  return `${backEnd}: ${names(true)}${names(false) === '' ? '' : ` (not ${names(false)})`}`
 }
 
 function virtualization(features: Diagnosis['cpu']['features']): string {

@@ -201,9 +201,14 @@ async function optionErrors<T>(args: RunArguments, action: () => Promise<T>): Pr
   } catch (error) {
     if (!isSkepError(error) || error.path === undefined) throw error
     const { path } = error
-    const given = args.given.find(({ option }) => option.path !== undefined && path.startsWith(option.path))
+    const given = args.given.find(({ option }) => isWithin(path, option.path))
     throw given ? renamed(error, path, longName(given.option)) : error
   }
+}
+
+/** Whether `path` is `option` or a part of it: `cpu.model` of `cpu`, and `cpus` not. */
+function isWithin(path: string, option: string | undefined): boolean {
+  return option !== undefined && path.startsWith(option) && /^([.[]|$)/.test(path.slice(option.length))
 }
 
 function optionErrorsSync(args: RunArguments, action: (option: RunOption, value: string) => void): void {

@@ -57,7 +57,9 @@ const GDT_LIMIT: u16 = 0x8f;
 fn cpu() -> Box<Cpu> {
     let ram = RegionSpec { start: 0, size: 1 << 20, kind: RegionKind::Ram };
     let memory = GuestMemory::new(&[ram]).unwrap();
-    let cpuid = policy(&host(), &PolicyOptions { la57: true, ..PolicyOptions::default() });
+    let features = [("la57".to_owned(), true)].into();
+    let cpuid =
+        policy(&host(), &PolicyOptions { features, ..PolicyOptions::default() }).expect("la57 is our own");
     let shared = Shared::new(VmOptions { cpuid, tsc_hz: Some(1_000_000_000), ..VmOptions::default() });
     let tsc = Tsc::new(shared.tsc_hz);
     Cpu::new(0, memory, shared, Arc::new(Mailbox::new()), tsc).unwrap()
