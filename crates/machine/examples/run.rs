@@ -76,7 +76,7 @@ fn main() -> ExitCode {
     let (ended, end) = channel();
     let sink = Arc::new(Terminal { machine: OnceLock::new(), ended });
     let created = MachineSpec::from_json(&spec.to_string())
-        .and_then(|spec| Machine::create(&spec, &*skep_machine::hypervisor(&spec), sink.clone()));
+        .and_then(|spec| Machine::create(&spec, &*skep_machine::hypervisor(&spec)?, sink.clone()));
     let machine = match created {
         Ok(machine) => Arc::new(machine),
         Err(error) => {

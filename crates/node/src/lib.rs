@@ -55,7 +55,7 @@ impl Machine {
         let (settle, object) = promise(env, mailbox.clone())?;
         thread("skep-create", move || {
             let engine = MachineSpec::from_json(&spec)
-                .and_then(|spec| Engine::create(&spec, &*skep_machine::hypervisor(&spec), mailbox.clone()));
+                .and_then(|spec| Engine::create(&spec, &*skep_machine::hypervisor(&spec)?, mailbox.clone()));
             settle(engine.map(|engine| {
                 move |_: &Env| {
                     let engine = Arc::new(engine);

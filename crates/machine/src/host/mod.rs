@@ -1,6 +1,7 @@
 //! What this host is and can do: for `skep doctor`, for the choice of an accelerator, and for refusing memory that the
 //! host does not have before anything is allocated.
 
+pub(crate) mod affinity;
 mod kvm;
 
 use std::fs;
@@ -113,6 +114,11 @@ pub fn probe() -> Host {
 pub(crate) fn memory_total() -> Option<u64> {
     let info = text("/proc/meminfo");
     Some(meminfo(&info, "MemTotal")?.saturating_add(meminfo(&info, "SwapTotal").unwrap_or(0)))
+}
+
+/// Memory of this host in bytes that can be had without swapping.
+pub(crate) fn memory_available() -> Option<u64> {
+    meminfo(&text("/proc/meminfo"), "MemAvailable")
 }
 
 /// A file of the kernel's, empty if there is none.
