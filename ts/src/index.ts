@@ -15,6 +15,8 @@ export type {
   BootModule,
   CpuTopology,
   DevicesConfig,
+  ExitsConfig,
+  HugePages,
   KernelBoot,
   LpcConfig,
   MachineSpec,

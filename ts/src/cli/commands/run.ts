@@ -201,9 +201,16 @@ async function optionErrors<T>(args: RunArguments, action: () => Promise<T>): Pr
   } catch (error) {
     if (!isSkepError(error) || error.path === undefined) throw error
     const { path } = error
-    const given = args.given.find(({ option }) => option.path !== undefined && path.startsWith(option.path))
-    throw given ? renamed(error, path, longName(given.option)) : error
+    const given = args.given.reduce<RunOption | undefined>((best, { option }) => {
+      return covers(option.path, path) && (option.path?.length ?? 0) > (best?.path?.length ?? 0) ? option : best
+    }, undefined)
+    throw given ? renamed(error, path, longName(given)) : error
   }
+}
+
+/** Whether `path` is `option` or lies within it: `cpus` covers `cpus.pin.0`, and `cpu` does not. */
+function covers(option: string | undefined, path: string): boolean {
+  return option !== undefined && path.startsWith(option) && /^([.[]|$)/.test(path.slice(option.length))
 }
 
 function optionErrorsSync(args: RunArguments, action: (option: RunOption, value: string) => void): void {
