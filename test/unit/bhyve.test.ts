@@ -1,6 +1,6 @@
 import fc from 'fast-check'
 import { describe, expect, test } from 'vitest'
-import { checkSlot, parseCpus, parseLpc, parseMemory, parseSerial } from '../../ts/src/bhyve/args.js'
+import { checkSlot, parseCpus, parseLpc, parseMemory, parsePin, parseSerial } from '../../ts/src/bhyve/args.js'
 import { ConfigError } from '../../ts/src/errors.js'
 import { parseSlot } from '../../ts/src/pci/slot.js'
 
@@ -33,6 +33,20 @@ describe("bhyve's arguments", () => {
     expect(parseLpc(text)).toEqual(argument)
   })
 
+  test.each([
+    ['0:2', { vcpu: '0', hostCpu: 2 }],
+    ['63:8191', { vcpu: '63', hostCpu: 8191 }],
+  ])('-p %s', (text, pin) => {
+    expect(parsePin(text)).toEqual(pin)
+  })
+
+  test.each(['', '0', ':', '0:', ':1', '0:1:2', '00:1', '-1:0', '0:8192', '0:1,2', '1e3:0', ' 0:1'])(
+    '-p %j',
+    (text) => {
+      expect(() => parsePin(text)).toThrow(/VCPU:HOSTCPU such as 0:2, got/)
+    },
+  )
+
   test.each(['31,lpc', '31:0,lpc', '0:31:0,lpc', '0,hostbridge', '0:0,amd_hostbridge'])('-s %s', (text) => {
     expect(() => checkSlot(text)).not.toThrow()
   })
@@ -41,7 +55,7 @@ describe("bhyve's arguments", () => {
     fc.assert(
       fc.property(
         fc.string(),
-        fc.constantFrom(parseCpus, parseMemory, parseLpc, parseSerial, checkSlot),
+        fc.constantFrom<(text: string) => unknown>(parseCpus, parseMemory, parsePin, parseLpc, parseSerial, checkSlot),
         (text, parse) => {
           try {
             parse(text)

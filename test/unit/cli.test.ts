@@ -5,7 +5,7 @@ import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import fc from 'fast-check'
 import { afterAll, beforeAll, describe, expect, test } from 'vitest'
-import { parseDuration } from '../../ts/src/cli/duration.js'
+import { parseDuration, parseNanoseconds } from '../../ts/src/cli/duration.js'
 import { EscapeFilter } from '../../ts/src/cli/escape.js'
 import { longName, runOptions } from '../../ts/src/cli/options.js'
 
@@ -77,7 +77,16 @@ describe('mistakes', () => {
     ],
     [[...run, '--cpu=-ht'], /^skep: --cpu: ht is no feature of its own: it follows from cpus \[ERR_CONFIG_CPU\]\n$/],
     [[...run, '--cpu', 'host', '--cpus', '0'], /^skep: --cpus: .* got 0 \[ERR_CONFIG_CPUS\]\n$/],
-    [[...run, '--accel', 'kvm'], /^skep: --accel: this version .*\[ERR_ACCEL_UNSUPPORTED\]\n$/],
+    [[...run, '-p', '0-2'], /^skep: --pin: expected .*VCPU:HOSTCPU such as 0:2, got "0-2" \[ERR_CONFIG_CPUS\]\n$/],
+    [[...run, '-c', '2', '-p', '2:0'], /^skep: --pin: there is no processor 2 to pin.* \[ERR_CONFIG_CPUS\]\n$/],
+    [[...run, '-p', '0:0', '-c', '4096'], /^skep: --cpus: .* got 4096 \[ERR_CONFIG_CPUS\]\n$/],
+    [[...run, '-S', '-m', '1M'], /^skep: --memory: .* got "1M" \[ERR_CONFIG_MEMORY\]\n$/],
+    [
+      [...run, '--huge-pages', '2m'],
+      /^skep: --huge-pages: expected off, thp, 2M, 1G, got "2m" \(did you mean 2M\?\)\n$/,
+    ],
+    [[...run, '--halt-poll', '2s'], /^skep: --halt-poll: expected a time up to 1s such as 200us or 1ms, got "2s"\n$/],
+    [[...run, '-p', '0:8191'], /^skep: --pin: host CPU 8191 .*; choose among \d.* \[ERR_CPU_AFFINITY\]\n$/],
     [
       [...run, '--accel', 'sofware'],
       'skep: --accel: expected auto, kvm, software, got "sofware" (did you mean software?)\n',
@@ -178,6 +187,23 @@ describe('the configuration', () => {
       devices: { '0:31:0': { com1: { kind: 'file', path: join(folder, 'log') }, com2: { kind: 'console' } } },
       debugExit: true,
       onReboot: 'exit',
+    })
+  })
+
+  test("knows bhyve's -H, -P, -S and -p, in any order", async () => {
+    const bhyve = ['-H', '-P', '-S', '-p', '0:1', '-p', '1:0', '-p', '0:0', '-c', '2', '-m', '64M']
+    for (const args of [bhyve, ['-m', '64M', '-c', '2', '-HPS', '-p', '0:1', '-p', '1:0', '-p', '0:0']]) {
+      expect(await print('--kernel', 'k', ...args)).toMatchObject({
+        cpus: { sockets: 1, cores: 2, threads: 1, pin: { 0: [0, 1], 1: [0] } },
+        memory: { size: 64 * 2 ** 20, wired: true, hugePages: false },
+        exits: { hlt: true, pause: true, haltPoll: null },
+      })
+    }
+    const other = ['--no-hlt-exit', '--no-pause-exit', '--halt-poll', '50us', '--huge-pages', 'thp', '-c', 'cores=2']
+    expect(await print('--kernel', 'k', '-p', '1:1', ...other)).toMatchObject({
+      cpus: { cores: 2, pin: { 1: [1] } },
+      memory: { size: 256 * 2 ** 20, wired: false, hugePages: 'thp' },
+      exits: { hlt: false, pause: false, haltPoll: 50_000 },
     })
   })
 
@@ -362,6 +388,20 @@ describe('the escape key', () => {
       }),
     )
   })
+})
+
+test.each([
+  ['0', 0],
+  ['500ns', 500],
+  ['200us', 200_000],
+  ['1ms', 1_000_000],
+  ['1s', 1_000_000_000],
+  ['1001ms', undefined],
+  ['200', undefined],
+  ['-1ns', undefined],
+  ['', undefined],
+])('the time %j is %j ns', (text, ns) => {
+  expect(parseNanoseconds(text)).toBe(ns)
 })
 
 test.each([

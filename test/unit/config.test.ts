@@ -9,8 +9,9 @@ import { configOptions, unsupportedOptions } from '../../ts/src/config/options.j
 import { defineVm, resolve } from '../../ts/src/config/resolve.js'
 import { configJsonSchema, vmConfigSchema } from '../../ts/src/config/schema.js'
 import { distance, nearest } from '../../ts/src/config/suggest.js'
-import type { VmConfig } from '../../ts/src/config/types.js'
+import type { HugePages, VmConfig } from '../../ts/src/config/types.js'
 import { validate } from '../../ts/src/config/validate.js'
+import type { Diagnosis } from '../../ts/src/doctor.js'
 import { ConfigError, HostError } from '../../ts/src/errors.js'
 
 const boot = { kernel: '/k' }
@@ -23,6 +24,18 @@ function refusal(value: unknown): ConfigError {
     return error as ConfigError
   }
   throw new Error(`accepted: ${JSON.stringify(value)}`)
+}
+
+/** A host on which `auto` is that. */
+function host(auto: 'software' | 'kvm', kvm: Partial<Diagnosis['kvm']> = {}): Diagnosis {
+  return {
+    cpu: { vendor: 'AuthenticAMD', model: 'x', features: { svm: true } },
+    kvm: { present: true, openable: true, paravirtual: false, usable: true, ...kvm },
+    guests: [],
+    accelerator: { auto, reason: 'x' },
+    host: { kernel: '6.1', cpus: 1, memoryBytes: 2 ** 30 },
+    limits: {},
+  }
 }
 
 describe('what is refused', () => {
@@ -64,8 +77,32 @@ describe('what is refused', () => {
     [{ boot, memory: 0 }, 'ERR_CONFIG_MEMORY', 'memory', /got 0$/],
     [{ boot, memory: null }, 'ERR_CONFIG_MEMORY', 'memory', /got null$/],
     [{ boot, memory: { size: 'banana' } }, 'ERR_CONFIG_MEMORY', 'memory.size', /got "banana"$/],
-    [{ boot, memory: {} }, 'ERR_CONFIG_MISSING', 'memory.size', /is missing/],
-    [{ boot, memory: { size: '1G', wired: true } }, 'ERR_CONFIG_UNSUPPORTED', 'memory.wired', /no wired memory yet/],
+    [{ boot, memory: { wired: 'yes' } }, 'ERR_CONFIG_MEMORY', 'memory.wired', /expected true or false, got "yes"$/],
+    [{ boot, memory: { hugePages: true } }, 'ERR_CONFIG_MEMORY', 'memory.hugePages', /"thp", "2M" or "1G", got true$/],
+    [{ boot, memory: { hugePages: '4M' } }, 'ERR_CONFIG_MEMORY', 'memory.hugePages', /got "4M"$/],
+    [{ boot, memory: { hugepages: '2M' } }, 'ERR_CONFIG_UNKNOWN', 'memory.hugepages', /did you mean "hugePages"\?$/],
+    // where processors run
+    [
+      { boot, cpus: { pin: { 1: 0 } } },
+      'ERR_CONFIG_CPUS',
+      'cpus.pin.1',
+      /no processor 1 to pin.* has 1, numbered from 0$/,
+    ],
+    [{ boot, cpus: { cores: 2, pin: { 64: [0] } } }, 'ERR_CONFIG_CPUS', 'cpus.pin.64', /no processor 64/],
+    [{ boot, cpus: { pin: { 0: 8192 } } }, 'ERR_CONFIG_CPUS', 'cpus.pin.0', /host CPUs \(0 to 8191\).*got 8192$/],
+    [{ boot, cpus: { pin: { 0: [] } } }, 'ERR_CONFIG_CPUS', 'cpus.pin.0', /got an array$/],
+    [{ boot, cpus: { pin: { 0: [0, '1'] } } }, 'ERR_CONFIG_CPUS', 'cpus.pin.0[1]', /got "1"$/],
+    [{ boot, cpus: { pin: { 0: -1 } } }, 'ERR_CONFIG_CPUS', 'cpus.pin.0', /got -1$/],
+    [{ boot, cpus: { pin: { all: 0 } } }, 'ERR_CONFIG_CPUS', 'cpus.pin.all', /host CPUs .* by processor/],
+    [{ boot, cpus: { pin: { '00': 0 } } }, 'ERR_CONFIG_CPUS', 'cpus.pin.00', /by processor/],
+    [{ boot, cpus: { pin: [0, 1] } }, 'ERR_CONFIG_CPUS', 'cpus.pin', /got an array$/],
+    // what leaves the guest
+    [{ boot, exits: { hlt: 1 } }, 'ERR_CONFIG_INVALID', 'exits.hlt', /true or false, got 1$/],
+    [{ boot, exits: { haltPoll: 1.5 } }, 'ERR_CONFIG_INVALID', 'exits.haltPoll', /nanoseconds from 0 to .*got 1\.5$/],
+    [{ boot, exits: { haltPoll: 1e9 + 1 } }, 'ERR_CONFIG_INVALID', 'exits.haltPoll', /got 1000000001$/],
+    [{ boot, exits: { halt: true } }, 'ERR_CONFIG_UNKNOWN', 'exits.halt', /did you mean "hlt"\?$/],
+    [{ boot, exits: false }, 'ERR_CONFIG_INVALID', 'exits', /\{ hlt, pause, haltPoll \}, got false$/],
+    [{ boot, accel: 'kvm', engine: 'interpreter' }, 'ERR_CONFIG_INVALID', 'engine', /about the software CPU/],
     // names of options
     [{ boot, memroy: '1G' }, 'ERR_CONFIG_UNKNOWN', 'memroy', /^unknown option "memroy"; did you mean "memory"\?$/],
     [{ boot, zzz: 1 }, 'ERR_CONFIG_UNKNOWN', 'zzz', /^unknown option "zzz"$/],
@@ -139,11 +176,19 @@ describe('what is refused', () => {
     expect(error.message).toMatch(message)
   })
 
-  test('kvm, until it is there', () => {
-    expect(() => resolve({ boot, accel: 'kvm' })).toThrow(HostError)
-    expect(() => resolve({ boot, accel: 'kvm' })).toThrow(
-      expect.objectContaining({ code: 'ERR_ACCEL_UNSUPPORTED', path: 'accel' }),
-    )
+  test.each([
+    ['ERR_KVM_MISSING', 'there is no /dev/kvm: load its module'],
+    ['ERR_KVM_PERMISSION', '/dev/kvm exists but may not be opened: add yourself to group kvm'],
+    ['ERR_KVM_VERSION', '/dev/kvm speaks version 11 of its API, not 12'],
+    ['ERR_KVM_CAPABILITY', 'KVM here lacks KVM_CAP_IMMEDIATE_EXIT'],
+    ['ERR_KVM_DEVICE', '/dev/kvm cannot be opened: Input/output error'],
+  ] as const)('kvm where there is %s', (code, error) => {
+    const without = host('software', { usable: false, code, error })
+    const refused = () => resolve({ boot, accel: 'kvm' }, { host: without })
+    expect(refused).toThrow(HostError)
+    expect(refused).toThrow(expect.objectContaining({ code, path: 'accel' }))
+    expect(refused).toThrow(`accel: ${error}; accel "software" needs none of it`)
+    expect(resolve({ boot }, { host: without })).toMatchObject({ accel: 'software', engine: 'interpreter' })
   })
 
   test('everything that is wrong is listed, misspelt names first', () => {
@@ -178,15 +223,17 @@ function vmConfigShape(): Record<string, unknown> {
 
 describe('what it resolves into', () => {
   test('every default is filled in', () => {
-    expect(resolve({ boot: { kernel: 'k', initrd: './a/../i' } }, { base: '/srv' })).toEqual({
+    const config = { boot: { kernel: 'k', initrd: './a/../i' } }
+    expect(resolve(config, { base: '/srv', host: host('software') })).toEqual({
       version: 1,
       name: 'vm',
       uuid: expect.stringMatching(/^[\da-f]{8}-[\da-f]{4}-8[\da-f]{3}-[89ab][\da-f]{3}-[\da-f]{12}$/),
-      cpus: { sockets: 1, cores: 1, threads: 1 },
+      cpus: { sockets: 1, cores: 1, threads: 1, pin: {} },
       cpu: { model: 'host', features: {} },
-      memory: { size: 256 * 2 ** 20 },
+      memory: { size: 256 * 2 ** 20, wired: false, hugePages: false },
       accel: 'software',
       engine: 'interpreter',
+      exits: { hlt: true, pause: true, haltPoll: null },
       boot: { kind: 'kernel', kernel: '/srv/k', initrd: '/srv/i', cmdline: '', modules: [] },
       devices: {
         '0:31:0': {
@@ -207,9 +254,10 @@ describe('what it resolves into', () => {
     const config = defineVm({
       name: 'web1',
       uuid: '01234567-89AB-cdef-0123-456789abcdef',
-      cpus: { sockets: 2, cores: 4 },
+      cpus: { sockets: 2, cores: 4, pin: { 0: 3, 7: [2, 1, 2] } },
       cpu: { model: 'x86-64-v2', features: { aes: true, rdtscp: false, avx: undefined } },
-      memory: { size: '1.5G' },
+      memory: { size: '1.5G', wired: true, hugePages: '2M' },
+      exits: { hlt: false, haltPoll: 200_000 },
       boot: { rom: 'firmware.bin' },
       devices: { '0:31:0': { type: 'lpc', com1: 'none', com2: 'file:log', com4: { kind: 'file', path: '/abs' } } },
       debugExit: true,
@@ -219,9 +267,10 @@ describe('what it resolves into', () => {
     expect(resolve(config, { base: '/srv' })).toMatchObject({
       name: 'web1',
       uuid: '01234567-89ab-cdef-0123-456789abcdef',
-      cpus: { sockets: 2, cores: 4, threads: 1 },
+      cpus: { sockets: 2, cores: 4, threads: 1, pin: { 0: [3], 7: [1, 2] } },
       cpu: { model: 'x86-64-v2', features: { aes: true, rdtscp: false } },
-      memory: { size: 1.5 * 2 ** 30 },
+      memory: { size: 1.5 * 2 ** 30, wired: true, hugePages: '2M' },
+      exits: { hlt: false, pause: true, haltPoll: 200_000 },
       boot: { kind: 'rom', rom: '/srv/firmware.bin' },
       devices: {
         '0:31:0': {
@@ -236,6 +285,31 @@ describe('what it resolves into', () => {
     })
   })
 
+  test('memory has a size without being told', () => {
+    expect(resolve({ boot, memory: { hugePages: 'thp' } }).memory).toEqual({
+      size: 256 * 2 ** 20,
+      wired: false,
+      hugePages: 'thp',
+    })
+  })
+
+  test('what runs the processors is what the host has', () => {
+    const kvm = { accel: 'kvm', engine: null }
+    const software = { accel: 'software', engine: 'interpreter' }
+    const paravirtual = host('software', { paravirtual: true })
+    expect(resolve({ boot }, { host: host('kvm') })).toMatchObject(kvm)
+    expect(resolve({ boot, accel: 'auto', engine: 'auto' }, { host: host('kvm') })).toMatchObject(kvm)
+    expect(resolve({ boot, accel: 'kvm', engine: null }, { host: host('kvm') })).toMatchObject(kvm)
+    expect(resolve({ boot, accel: 'software' }, { host: host('kvm') })).toMatchObject(software)
+    // Whoever names an engine of the software CPU wants the software CPU.
+    expect(resolve({ boot, engine: 'interpreter' }, { host: host('kvm') })).toMatchObject(software)
+    // A paravirtual KVM is passed over, but taken when it is asked for.
+    expect(resolve({ boot }, { host: paravirtual })).toMatchObject(software)
+    expect(resolve({ boot, accel: 'kvm' }, { host: paravirtual })).toMatchObject(kvm)
+    const spec = resolve({ boot }, { host: host('kvm') })
+    expect(resolve(spec, { host: host('kvm') })).toEqual(spec)
+  })
+
   const serial = fc.oneof(
     fc.constantFrom('console' as const, 'none' as const),
     fc.constantFrom('a', 'b', 'c').map((path) => `file:/tmp/${path}` as const),
@@ -244,7 +318,11 @@ describe('what it resolves into', () => {
   const configs: fc.Arbitrary<VmConfig> = fc.record(
     {
       name: fc.stringMatching(/^[\w .-]{1,40}$/),
-      cpus: fc.oneof(fc.integer({ min: 1, max: 64 }), fc.record({ cores: fc.integer({ min: 1, max: 8 }) })),
+      cpus: fc.oneof(
+        fc.integer({ min: 1, max: 64 }),
+        fc.record({ cores: fc.integer({ min: 1, max: 8 }) }),
+        fc.record({ pin: fc.record({ 0: fc.oneof(fc.nat(8191), fc.array(fc.nat(8191), { minLength: 1 })) }) }),
+      ),
       cpu: fc.oneof(
         fc.constantFrom(...cpuModels),
         fc.record(
@@ -255,9 +333,11 @@ describe('what it resolves into', () => {
           { requiredKeys: [] },
         ),
       ),
+      exits: fc.record({ hlt: fc.boolean(), haltPoll: fc.option(fc.nat(1e9)) }, { requiredKeys: [] }),
       memory: fc.oneof(
         fc.integer({ min: 2, max: 1 << 20 }).map((mib) => mib * 2 ** 20),
         fc.integer({ min: 2, max: 999 }).map((mib) => `${mib}M` as const),
+        fc.record({ wired: fc.boolean(), hugePages: fc.constantFrom<HugePages>(false, 'thp', '2M', '1G') }),
       ),
       boot: fc.oneof(
         fc.record({ kernel: fc.constant('k'), cmdline: fc.string() }, { requiredKeys: ['kernel'] }),

@@ -4,6 +4,7 @@
  * @module
  */
 import type { CpuFeature, CpuModel } from './config/cpu.js'
+import type { CodeOf } from './errors.js'
 import { crossingSync, native } from './native.js'
 
 /** What there is, as of {@link diagnose}. */
@@ -14,7 +15,8 @@ export interface Diagnosis {
     vendor: string
     /** The name it gives itself. */
     model: string
-    /** Parts of hardware virtualization: `vmx` (VT-x), `svm` (AMD-V), `ept`, `unrestrictedGuest`, `npt`, ... */
+    /** Parts of hardware virtualization: `vmx` (VT-x), `svm` (AMD-V), `ept`, `unrestrictedGuest`, `npt`;
+     * and `hypervisor`: the host is itself a virtual machine. */
     features: Record<string, boolean>
   }
   /** Linux's KVM. */
@@ -27,7 +29,11 @@ export interface Diagnosis {
     apiVersion?: number
     /** Whether it is there although the processor has neither VT-x nor SVM: it would interpret unmodified guests. */
     paravirtual: boolean
-    /** Why it cannot be opened. */
+    /** Whether machines can run on it: with `accel: 'kvm'`, and with `'auto'` unless it is paravirtual. */
+    usable: boolean
+    /** What stands in the way, as the code of the error that `accel: 'kvm'` gives. */
+    code?: Extract<CodeOf<'HostError'>, `ERR_KVM_${string}`>
+    /** What stands in the way, with a remedy. */
     error?: string
   }
   /** What processors guests can have, for each way of running them. */

@@ -77,8 +77,8 @@ const table = {
   ),
   ERR_CONFIG_CPUS: entry(
     'ConfigError',
-    'The number of processors is not a whole number from 1 to 64, or the product of the topology is not.',
-    'Give 1 to 64 processors.',
+    'The number of processors or the product of the topology is not 1 to 64, or what is pinned cannot be.',
+    'Give 1 to 64 processors, and pin those to numbers of host CPUs.',
   ),
   ERR_CONFIG_CPU: entry(
     'ConfigError',
@@ -87,8 +87,8 @@ const table = {
   ),
   ERR_CONFIG_MEMORY: entry(
     'ConfigError',
-    'The memory size is not a size, not a multiple of 1 MiB, or out of range.',
-    'Give a number of bytes or a size such as 512M or 2G, from 2M to 16T.',
+    'The memory size is not a size, not a multiple of 1 MiB, or out of range, or what backs it is unknown.',
+    'Give a number of bytes or a size such as 512M or 2G, from 2M to 16T; hugePages is false, thp, 2M or 1G.',
   ),
   ERR_CONFIG_SERIAL: entry(
     'ConfigError',
@@ -137,7 +137,6 @@ const table = {
     'The UUID is not in its canonical form.',
     'Write it as 01234567-89ab-cdef-0123-456789abcdef.',
   ),
-  ERR_SPEC_CPUS: entry('ConfigError', 'The number of processors is out of range.', 'Give 1 to 64 processors.'),
   ERR_CPU_FEATURE_UNKNOWN: entry(
     'ConfigError',
     'There is no processor feature of that name.',
@@ -158,6 +157,17 @@ const table = {
     'A processor feature was turned off that others need.',
     'Turn off those too that the message names.',
   ),
+  ERR_SPEC_CPUS: entry(
+    'ConfigError',
+    'The number of processors is out of range, or one that is pinned is.',
+    'Give 1 to 64 processors, and pin no others.',
+  ),
+  ERR_SPEC_ENGINE: entry(
+    'ConfigError',
+    'An engine is given with KVM, or none with the software CPU.',
+    'Leave engine out; it follows from accel.',
+  ),
+  ERR_SPEC_EXITS: entry('ConfigError', 'A halted processor would poll for too long.', 'Give at most 10^9 nanoseconds.'),
   ERR_SPEC_MEMORY: entry(
     'ConfigError',
     'The memory size is out of range or not a multiple of 1 MiB.',
@@ -212,6 +222,46 @@ const table = {
     'HostError',
     'The host does not give that much memory.',
     'Lower memory, or raise the limit that stops it (ulimit -v, cgroup).',
+  ),
+  ERR_MEMORY_HUGE_PAGES: entry(
+    'HostError',
+    'The host has too few huge pages of that size, or none.',
+    'Reserve as many as the message says, with the command that it names, or leave memory.hugePages out.',
+  ),
+  ERR_MEMORY_WIRED: entry(
+    'HostError',
+    'This process may not lock as much memory.',
+    'Raise the limit (ulimit -l), give it CAP_IPC_LOCK, or leave memory.wired out.',
+  ),
+  ERR_CPU_AFFINITY: entry(
+    'HostError',
+    'A processor is pinned to a host CPU that does not exist or may not be used.',
+    'Choose among those that the message names.',
+  ),
+  ERR_KVM_MISSING: entry(
+    'HostError',
+    'There is no /dev/kvm, or nothing behind it.',
+    "Enable virtualization in the firmware's set-up and load the module kvm_intel or kvm_amd.",
+  ),
+  ERR_KVM_PERMISSION: entry(
+    'HostError',
+    '/dev/kvm exists but may not be opened.',
+    'Add yourself to group kvm (sudo usermod -aG kvm $USER) and log in again.',
+  ),
+  ERR_KVM_VERSION: entry(
+    'HostError',
+    '/dev/kvm speaks another version of its interface than 12.',
+    'Use Linux 2.6.22 or newer, or accel "software".',
+  ),
+  ERR_KVM_CAPABILITY: entry(
+    'HostError',
+    'KVM lacks something that every machine needs.',
+    'Use a newer kernel (4.13 has it all), or accel "software".',
+  ),
+  ERR_KVM_DEVICE: entry(
+    'HostError',
+    '/dev/kvm cannot be opened, or does not answer.',
+    'The message has the system\'s reason; accel "software" needs no KVM.',
   ),
   ERR_SERIAL_FILE: entry(
     'HostError',

@@ -18,6 +18,8 @@ export type {
   CpuFeatures,
   CpuTopology,
   DevicesConfig,
+  ExitsConfig,
+  HugePages,
   KernelBoot,
   LpcConfig,
   MachineSpec,

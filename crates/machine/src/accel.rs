@@ -13,10 +13,12 @@ use crate::spec::{Accel, Engine, MachineSpec};
 /// # Errors
 /// This host does not have it, or does not let this process use it; the text names the remedy.
 pub fn hypervisor(spec: &MachineSpec) -> Result<Box<dyn Hypervisor>, Error> {
-    Ok(match (spec.accel, spec.engine) {
-        (Accel::Software, Engine::Interpreter) => Box::new(Software::new()),
-        (Accel::Kvm, _) => Box::new(Kvm::open(KvmOptions::default())?),
-    })
+    match (spec.accel, spec.engine) {
+        (Accel::Software, Some(Engine::Interpreter)) => Ok(Box::new(Software::new())),
+        // A specification without an engine is not valid for the software CPU.
+        (Accel::Software, None) => Err(Error::Internal("there is no engine to run".into())),
+        (Accel::Kvm, _) => Ok(Box::new(Kvm::open(KvmOptions::default())?)),
+    }
 }
 
 /// What CPUID shows to the guest of a back end that can give `host` and whose TSC runs at `tsc_hz`.

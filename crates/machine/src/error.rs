@@ -7,7 +7,7 @@ use skep_boot::BootError;
 use skep_hv::HvError;
 use skep_hv::cpuid::PolicyError;
 use skep_hv::state::StateError;
-use skep_memory::MemoryError;
+use skep_memory::{LockLimit, MemoryError, PoolShortage};
 
 use crate::event::State;
 
@@ -47,6 +47,19 @@ pub enum Error {
         message: String,
         /// Bytes asked for.
         size: u64,
+    },
+    /// The host does not back memory in the way that was asked for.
+    #[error(transparent)]
+    Backing(MemoryError),
+    /// A vCPU cannot be bound to a host CPU.
+    #[error("cpus.pin.{vcpu}: host CPU {cpu} {why}")]
+    Affinity {
+        /// The vCPU.
+        vcpu: u32,
+        /// The host CPU.
+        cpu: u32,
+        /// Why not, and which could be.
+        why: String,
     },
     /// An access outside of guest memory.
     #[error(transparent)]
@@ -121,6 +134,9 @@ impl Error {
                 ),
                 size,
             },
+            MemoryError::Pool(_) | MemoryError::NotTransparent { .. } | MemoryError::LockLimit(_) => {
+                Self::Backing(source)
+            }
             other => Self::GuestMemory(other),
         }
     }
@@ -141,6 +157,9 @@ impl Error {
             Self::State { .. } => "ERR_VM_STATE",
             Self::Boot(error) => error.code(),
             Self::HostMemory { .. } => "ERR_MEMORY_HOST",
+            Self::Backing(MemoryError::LockLimit(_)) => "ERR_MEMORY_WIRED",
+            Self::Backing(_) => "ERR_MEMORY_HUGE_PAGES",
+            Self::Affinity { .. } => "ERR_CPU_AFFINITY",
             Self::GuestMemory(MemoryError::ReadOnly { .. }) => "ERR_MEMORY_READ_ONLY",
             Self::GuestMemory(_) => "ERR_MEMORY_RANGE",
             Self::Length { .. } => "ERR_MEMORY_LENGTH",
@@ -163,6 +182,9 @@ impl Error {
             Self::Cpu(error) => Some(cpu_path(error)),
             Self::Boot(error) => Some(error.path()),
             Self::HostMemory { .. } => Some("memory.size".into()),
+            Self::Backing(MemoryError::LockLimit(_)) => Some("memory.wired".into()),
+            Self::Backing(_) => Some("memory.hugePages".into()),
+            Self::Affinity { vcpu, .. } => Some(format!("cpus.pin.{vcpu}")),
             Self::NoConsole { port } | Self::SerialFile { port, .. } => {
                 Some(format!("devices[\"0:31:0\"].com{port}"))
             }
@@ -177,6 +199,14 @@ impl Error {
             Self::Cpu(error) => cpu_details(error),
             Self::State { command, state, .. } => Some(json!({ "command": command, "state": state })),
             Self::HostMemory { size, .. } => Some(json!({ "size": size })),
+            Self::Backing(MemoryError::Pool(PoolShortage { page, needed, pool, .. })) => {
+                let available = pool.map_or(0, |pool| pool.available);
+                Some(json!({ "page": page, "needed": needed, "available": available }))
+            }
+            Self::Backing(MemoryError::LockLimit(LockLimit { needed, allowed, held })) => {
+                Some(json!({ "needed": needed, "allowed": allowed, "held": held }))
+            }
+            Self::Affinity { vcpu, cpu, .. } => Some(json!({ "vcpu": vcpu, "cpu": cpu })),
             Self::Length { length, max } => Some(json!({ "length": length, "max": max })),
             Self::NoVcpu { vcpu, count } => Some(json!({ "vcpu": vcpu, "count": count })),
             Self::SerialFile { file, source, .. } => {

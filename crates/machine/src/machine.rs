@@ -21,7 +21,7 @@ use crate::clock::VmTsc;
 use crate::error::Error;
 use crate::event::{EventSink, State};
 use crate::harness::Harness;
-use crate::host;
+use crate::host::{self, affinity};
 use crate::owner::Owner;
 use crate::serial::{Pump, SerialPorts};
 use crate::spec::{Boot, MachineSpec};
@@ -176,10 +176,22 @@ impl Machine {
             );
             return Err(Error::HostMemory { message, size });
         }
+        let backing = spec.memory.backing();
+        let available = host::memory_available().filter(|_| backing.wired && backing.pages.pool().is_none());
+        if let Some(available) = available.filter(|&available| size > available) {
+            let message = format!(
+                "memory.size is {} MiB, all of it wired, but this host can give only {} MiB now; give the machine less, or \
+                 end other programs",
+                size >> 20,
+                available >> 20
+            );
+            return Err(Error::HostMemory { message, size });
+        }
+        affinity::check(&spec.cpus.pin)?;
         let serial_spec = spec.serial_ports()?;
         let payload = Payload::open(&boot_paths(&spec.boot))?;
         let layout = MemoryLayout::new(size, payload.rom_size())?;
-        let memory = GuestMemory::new(&layout.regions()).map_err(Error::allocation)?;
+        let memory = GuestMemory::with_backing(&layout.regions(), backing).map_err(Error::allocation)?;
         let boot = BootOptions { payload, layout, platform: platform(spec)? };
         let loaded = skep_boot::load(&memory, &boot)?;
 
@@ -190,6 +202,7 @@ impl Machine {
             cpuid: cpuid.clone(),
             tsc_hz: Some(tsc_hz),
             stepper: Some(Arc::new(Interpreter)),
+            exits: spec.exits.into(),
             ..VmOptions::default()
         };
         let vm = hypervisor.create_vm(memory.clone(), options)?;
@@ -217,7 +230,8 @@ impl Machine {
         let (state, mut threads) = (StateCell::new(), Vec::new());
         let helpers = Helpers::spawn(&board, &timer, &serial, pump, &inbox)?;
         for (id, vcpu) in (0..).zip(vcpus) {
-            threads.push(VcpuThread::spawn(id, vcpu, board.clone(), inbox.clone())?);
+            let cpus = spec.cpus.pin.get(&id).cloned();
+            threads.push(VcpuThread::spawn(id, vcpu, cpus, board.clone(), inbox.clone())?);
         }
         let owner = Owner {
             messages,

@@ -5,7 +5,9 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
+use skep_hv::ExitControls;
 use skep_hv::cpuid::{self, Model};
+use skep_memory::{Backing, PageSize};
 
 use crate::error::Error;
 
@@ -19,6 +21,10 @@ pub const LPC_SLOT: &str = "0:31:0";
 pub const MEMORY_GRANULE: u64 = 1 << 20;
 /// Least and most memory of a machine, in bytes.
 pub const MEMORY_RANGE: std::ops::RangeInclusive<u64> = 2 << 20..=1 << 44;
+/// Highest number of a host CPU: what Linux can be built for on x86-64.
+pub const MAX_HOST_CPU: u32 = 8191;
+/// Longest polling of a halted vCPU, in ns: one second.
+pub const MAX_HALT_POLL: u32 = 1_000_000_000;
 /// Longest path or command line taken, in bytes.
 const MAX_TEXT: usize = 65_536;
 /// Most boot modules.
@@ -43,8 +49,11 @@ pub struct MachineSpec {
     pub memory: Memory,
     /// What runs the vCPUs.
     pub accel: Accel,
-    /// Which engine of the software CPU.
-    pub engine: Engine,
+    /// Which engine of the software CPU; none with another accelerator.
+    pub engine: Option<Engine>,
+    /// What a waiting guest does to the host's processor.
+    #[serde(default)]
+    pub exits: Exits,
     /// What is booted.
     pub boot: Boot,
     /// Devices by slot, `bus:device:function`.
@@ -57,8 +66,8 @@ pub struct MachineSpec {
     pub on_reboot: OnReboot,
 }
 
-/// Processor topology; the product is the number of vCPUs.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+/// Processor topology, where the product is the number of vCPUs, and the host CPUs they run on.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Cpus {
     /// Packages.
@@ -67,6 +76,9 @@ pub struct Cpus {
     pub cores: u32,
     /// Threads per core.
     pub threads: u32,
+    /// The host CPUs that a vCPU may run on, by its number. Those that are not named run where this process may.
+    #[serde(default)]
+    pub pin: BTreeMap<u32, Vec<u32>>,
 }
 
 impl Cpus {
@@ -88,10 +100,57 @@ pub struct Cpu {
 
 /// Guest memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
 pub struct Memory {
     /// Bytes, a multiple of [`MEMORY_GRANULE`].
     pub size: u64,
+    /// All of it is taken when the machine is created, and never paged out.
+    #[serde(default)]
+    pub wired: bool,
+    /// Larger pages of the host: `false`, `"thp"`, `"2M"` or `"1G"`.
+    #[serde(default, with = "huge_pages")]
+    pub huge_pages: PageSize,
+}
+
+impl Memory {
+    /// How it is backed.
+    pub fn backing(&self) -> Backing {
+        Backing { pages: self.huge_pages, wired: self.wired }
+    }
+}
+
+/// [`PageSize`] as the specification writes it.
+mod huge_pages {
+    use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
+    use skep_memory::PageSize;
+
+    #[derive(Serialize, Deserialize)]
+    #[serde(untagged)]
+    enum Text {
+        Switch(bool),
+        Kind(String),
+    }
+
+    pub(super) fn serialize<S: Serializer>(pages: &PageSize, serializer: S) -> Result<S::Ok, S::Error> {
+        let kind = match pages {
+            PageSize::Small => return false.serialize(serializer),
+            PageSize::Transparent => "thp",
+            PageSize::Huge2M => "2M",
+            PageSize::Huge1G => "1G",
+        };
+        kind.serialize(serializer)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<PageSize, D::Error> {
+        let expected = || de::Error::custom("hugePages must be false, \"thp\", \"2M\" or \"1G\"");
+        match Text::deserialize(deserializer).map_err(|_| expected())? {
+            Text::Switch(false) => Ok(PageSize::Small),
+            Text::Kind(kind) if kind == "thp" => Ok(PageSize::Transparent),
+            Text::Kind(kind) if kind == "2M" => Ok(PageSize::Huge2M),
+            Text::Kind(kind) if kind == "1G" => Ok(PageSize::Huge1G),
+            _ => Err(expected()),
+        }
+    }
 }
 
 /// What runs the vCPUs.
@@ -110,6 +169,31 @@ pub enum Accel {
 pub enum Engine {
     /// The interpreter.
     Interpreter,
+}
+
+/// What a waiting guest does to the host's processor, where the accelerator can choose.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+pub struct Exits {
+    /// HLT leaves the guest.
+    pub hlt: bool,
+    /// PAUSE in a loop leaves the guest.
+    pub pause: bool,
+    /// For how long a halted vCPU polls before its thread sleeps, in ns, at most [`MAX_HALT_POLL`]; none leaves it to the host.
+    pub halt_poll: Option<u32>,
+}
+
+impl Default for Exits {
+    fn default() -> Self {
+        let ExitControls { hlt, pause, halt_poll_ns } = ExitControls::default();
+        Self { hlt, pause, halt_poll: halt_poll_ns }
+    }
+}
+
+impl From<Exits> for ExitControls {
+    fn from(exits: Exits) -> Self {
+        Self { hlt: exits.hlt, pause: exits.pause, halt_poll_ns: exits.halt_poll }
+    }
 }
 
 /// What is booted.
@@ -219,13 +303,19 @@ impl MachineSpec {
         self.uuid_bytes()?;
         let count = self.cpus.count().unwrap_or(u32::MAX);
         if !(1..=MAX_VCPUS).contains(&count) {
-            let Cpus { sockets, cores, threads } = self.cpus;
+            let Cpus { sockets, cores, threads, .. } = self.cpus;
             let message = format!(
                 "cpus: {sockets} sockets of {cores} cores of {threads} threads; the product must be 1 to {MAX_VCPUS}"
             );
             return Err(Error::spec("ERR_SPEC_CPUS", "cpus", message));
         }
         cpuid::check_names(&self.cpu.features)?;
+        self.validate_pins(count)?;
+        self.validate_engine()?;
+        if self.exits.halt_poll.is_some_and(|ns| ns > MAX_HALT_POLL) {
+            let message = format!("exits.haltPoll must be at most {MAX_HALT_POLL} ns");
+            return Err(Error::spec("ERR_SPEC_EXITS", "exits.haltPoll", message));
+        }
         let size = self.memory.size;
         if !size.is_multiple_of(MEMORY_GRANULE) || !MEMORY_RANGE.contains(&size) {
             let message = format!(
@@ -237,6 +327,32 @@ impl MachineSpec {
         }
         self.validate_boot()?;
         self.validate_devices()
+    }
+
+    fn validate_pins(&self, vcpus: u32) -> Result<(), Error> {
+        for (&vcpu, cpus) in &self.cpus.pin {
+            let path = format!("cpus.pin.{vcpu}");
+            if vcpu >= vcpus {
+                let message = format!("{path}: this machine has {vcpus} vCPUs, numbered from 0");
+                return Err(Error::spec("ERR_SPEC_CPUS", path, message));
+            }
+            if cpus.is_empty() || cpus.iter().any(|&cpu| cpu > MAX_HOST_CPU) {
+                let message = format!("{path} must name one or more host CPUs, from 0 to {MAX_HOST_CPU}");
+                return Err(Error::spec("ERR_SPEC_CPUS", path, message));
+            }
+        }
+        Ok(())
+    }
+
+    fn validate_engine(&self) -> Result<(), Error> {
+        let message = match (self.accel, self.engine) {
+            (Accel::Software, Some(_)) | (Accel::Kvm, None) => return Ok(()),
+            (Accel::Software, None) => "engine is missing: the software CPU has the engine \"interpreter\"",
+            (Accel::Kvm, Some(_)) => {
+                "engine is about the software CPU, and accel is \"kvm\"; leave one of them out"
+            }
+        };
+        Err(Error::spec("ERR_SPEC_ENGINE", "engine", message))
     }
 
     fn validate_boot(&self) -> Result<(), Error> {
@@ -352,9 +468,11 @@ pub(crate) mod tests {
     fn valid() -> Value {
         json!({
             "version": 1, "name": "web1", "uuid": "01234567-89ab-cdef-0123-456789ABCDEF",
-            "cpus": { "sockets": 1, "cores": 2, "threads": 1 },
-            "cpu": { "model": "host", "features": { "aes": false } }, "memory": { "size": 536870912 },
+            "cpus": { "sockets": 1, "cores": 2, "threads": 1, "pin": { "1": [0, 3] } },
+            "cpu": { "model": "host", "features": { "aes": false } },
+            "memory": { "size": 536870912, "wired": true, "hugePages": "2M" },
             "accel": "software", "engine": "interpreter",
+            "exits": { "hlt": true, "pause": true, "haltPoll": null },
             "boot": { "kind": "kernel", "kernel": "/k", "initrd": null, "cmdline": "", "modules": [] },
             "devices": { "0:31:0": { "type": "lpc", "com1": { "kind": "console" }, "com2": { "kind": "file", "path": "/x" },
                 "com3": { "kind": "none" }, "com4": { "kind": "none" } } },
@@ -391,6 +509,7 @@ pub(crate) mod tests {
             "/cpus",
             "/cpu",
             "/memory",
+            "/exits",
             "/boot",
             "/devices/0:31:0",
             "/devices/0:31:0/com1",
@@ -404,9 +523,16 @@ pub(crate) mod tests {
     #[test]
     fn every_missing_field_is_refused() {
         let keys: Vec<String> = valid().as_object().unwrap().keys().cloned().collect();
-        for key in keys.into_iter().filter(|key| key != "cpu") {
+        for key in keys {
+            if key == "exits" || key == "cpu" {
+                continue;
+            }
             let (code, _) = refused(|spec| drop(spec.as_object_mut().unwrap().remove(&key)));
-            assert_eq!(code, "ERR_SPEC_JSON", "without {key}");
+            assert_eq!(
+                code,
+                if key == "engine" { "ERR_SPEC_ENGINE" } else { "ERR_SPEC_JSON" },
+                "without {key}"
+            );
         }
     }
 
@@ -428,6 +554,63 @@ pub(crate) mod tests {
         assert_eq!(refusal("aess", true), ("ERR_CPU_FEATURE_UNKNOWN", path("cpu.features.aess")));
         assert_eq!(refusal("a.s", true), ("ERR_CPU_FEATURE_UNKNOWN", path("cpu.features[\"a.s\"]")));
         assert_eq!(refusal("lm", false), ("ERR_CPU_FEATURE_FIXED", path("cpu.features.lm")));
+    }
+
+    #[test]
+    fn what_came_later_has_defaults() {
+        let mut spec = valid();
+        spec.as_object_mut().unwrap().remove("exits");
+        spec["cpus"].as_object_mut().unwrap().remove("pin");
+        spec["memory"] = json!({ "size": 536870912 });
+        let spec = MachineSpec::from_json(&spec.to_string()).unwrap();
+        assert_eq!(ExitControls::from(spec.exits), ExitControls::default());
+        assert_eq!(spec.memory.backing(), Backing::default());
+        assert!(spec.cpus.pin.is_empty());
+    }
+
+    #[test]
+    fn huge_pages_are_false_or_a_kind() {
+        for (value, pages) in [
+            (json!(false), PageSize::Small),
+            (json!("thp"), PageSize::Transparent),
+            (json!("2M"), PageSize::Huge2M),
+            (json!("1G"), PageSize::Huge1G),
+        ] {
+            let mut spec = valid();
+            spec["memory"]["hugePages"] = value.clone();
+            let parsed = MachineSpec::from_json(&spec.to_string()).unwrap();
+            assert_eq!(parsed.memory.huge_pages, pages);
+            assert_eq!(serde_json::to_value(&parsed).unwrap()["memory"]["hugePages"], value);
+        }
+        for value in [json!(true), json!("4K"), json!(null), json!(2), json!({})] {
+            let error = refused(|spec| spec["memory"]["hugePages"] = value);
+            assert_eq!(error.0, "ERR_SPEC_JSON");
+        }
+    }
+
+    #[test]
+    fn pins_name_processors_that_can_be() {
+        let pin = |pin: Value| refused(|spec| spec["cpus"]["pin"] = pin);
+        assert_eq!(pin(json!({ "2": [0] })), ("ERR_SPEC_CPUS", Some("cpus.pin.2".into())));
+        assert_eq!(pin(json!({ "0": [] })), ("ERR_SPEC_CPUS", Some("cpus.pin.0".into())));
+        assert_eq!(pin(json!({ "0": [0, 8192] })), ("ERR_SPEC_CPUS", Some("cpus.pin.0".into())));
+        for value in
+            [json!({ "x": [0] }), json!({ "-1": [0] }), json!({ "0": 0 }), json!({ "0": [-1] }), json!([])]
+        {
+            assert_eq!(pin(value).0, "ERR_SPEC_JSON");
+        }
+    }
+
+    #[test]
+    fn an_engine_belongs_to_the_software_cpu() {
+        let both = refused(|spec| spec["accel"] = "kvm".into());
+        assert_eq!(both, ("ERR_SPEC_ENGINE", Some("engine".into())));
+        let mut spec = valid();
+        (spec["accel"], spec["engine"]) = ("kvm".into(), Value::Null);
+        assert_eq!(MachineSpec::from_json(&spec.to_string()).unwrap().accel, Accel::Kvm);
+        let poll = refused(|spec| spec["exits"]["haltPoll"] = 1_000_000_001.into());
+        assert_eq!(poll, ("ERR_SPEC_EXITS", Some("exits.haltPoll".into())));
+        assert_eq!(refused(|spec| spec["exits"]["haltPoll"] = (-1).into()).0, "ERR_SPEC_JSON");
     }
 
     #[test]

@@ -14,6 +14,7 @@ use skep_hv::{IoFlow, Kick, Pending, RunEnd, Startup, Vcpu, VcpuIo, VcpuStats, m
 use crate::board::Board;
 use crate::bus::{Outcome, lock};
 use crate::error::Error;
+use crate::host::affinity;
 use crate::machine::{Message, panic_text};
 
 /// After what time a halted processor whose local APIC is out of sight is run again, to see whether it is still halted.
@@ -123,10 +124,12 @@ pub(crate) struct VcpuThread {
 }
 
 impl VcpuThread {
-    /// Starts the thread of vCPU `id`, which stands still until it is ordered to run.
+    /// Starts the thread of vCPU `id`, which stands still until it is ordered to run. It runs on the host CPUs `cpus` alone,
+    /// where there are some.
     pub(crate) fn spawn(
         id: u32,
         vcpu: Box<dyn Vcpu>,
+        cpus: Option<Vec<u32>>,
         board: Arc<Board>,
         reports: Sender<Message>,
     ) -> Result<Self, Error> {
@@ -145,11 +148,24 @@ impl VcpuThread {
         let name = format!("skep-vcpu{id}");
         let view = View { id, board, status: status.clone(), reports, left: false, emulated: 0 };
         let body = Body { vcpu, view, inbox, looking, allowed: false, blocked: false };
-        let thread = Builder::new()
-            .name(name.clone())
-            .spawn(move || body.run())
-            .map_err(|source| Error::Thread { name, source })?;
-        Ok(Self { orders, kick, status, thread: Some(thread) })
+        let (bound, binding) = channel();
+        let pinned = cpus.is_some();
+        let body = move || {
+            let result = cpus.map_or(Ok(()), |cpus| affinity::bind(id, &cpus));
+            let failed = result.is_err();
+            // Nobody waits for a thread that is not bound.
+            let _ = bound.send(result);
+            if !failed {
+                body.run();
+            }
+        };
+        let thread =
+            Builder::new().name(name.clone()).spawn(body).map_err(|source| Error::Thread { name, source })?;
+        let spawned = Self { orders, kick, status, thread: Some(thread) };
+        if pinned {
+            binding.recv().unwrap_or(Err(Error::Destroyed))?;
+        }
+        Ok(spawned)
     }
 
     /// Gives an order, and makes a vCPU that is in the guest come out and look at it. A thread that has died

@@ -4,10 +4,12 @@
 //! Guest memory is never a Rust reference: other threads and the guest itself change it at any time. Everything
 //! goes through copies and atomics on raw pointers, and every access is bounds-checked against the region list.
 
+mod backing;
 mod map;
 mod pages;
 mod region;
 
+pub use backing::{Backing, GIGANTIC_PAGE, LARGE_PAGE, LockLimit, PageSize, Pool, PoolShortage};
 pub use pages::{HostPage, WATCH_GRANULE};
 pub use region::{GuestMemory, PagePair, RegionInfo, RegionKind, RegionSpec};
 
@@ -46,6 +48,23 @@ pub enum MemoryError {
         /// What is wrong.
         why: &'static str,
     },
+    /// The host's pool has too few huge pages.
+    #[error(transparent)]
+    Pool(PoolShortage),
+    /// The host gives no transparent huge pages to shared memory, which guest memory is.
+    #[error(
+        "this host gives no transparent huge pages to guest memory: {file} says \"{setting}\"; allow them: echo advise | \
+         sudo tee {file}"
+    )]
+    NotTransparent {
+        /// The file that has the setting.
+        file: String,
+        /// The setting.
+        setting: String,
+    },
+    /// The limit on locked memory is too low.
+    #[error(transparent)]
+    LockLimit(LockLimit),
     /// The host refused.
     #[error("{what} of {size} bytes for guest memory: {source}")]
     Host {

@@ -3,10 +3,12 @@
 
 use std::fs::File;
 use std::marker::PhantomData;
+use std::ops::Range;
 use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64};
 
+use crate::backing::{Backing, GIGANTIC_PAGE, LARGE_PAGE, PageSize};
 use crate::map::{Mapping, Pair};
 use crate::pages::{self, Books, HostPage};
 use crate::{MemoryError, PAGE_SIZE};
@@ -40,9 +42,10 @@ pub struct RegionInfo {
     pub size: u64,
     /// Kind.
     pub kind: RegionKind,
-    /// Where it is mapped in this process.
+    /// Where it is mapped in this process: equal to `start` modulo [`LARGE_PAGE`], so that second-level address translation
+    /// can map 2 MiB at once (1 GiB where pages of that size back the region).
     pub host: NonNull<u8>,
-    /// Offset of its first byte in the memfd.
+    /// Offset of its first byte in the memfd, equal to `start` as `host` is.
     pub offset: u64,
 }
 
@@ -77,12 +80,20 @@ struct Piece {
 }
 
 impl GuestMemory {
-    /// Allocates the regions, zeroed. Host memory is taken only when touched.
+    /// Allocates the regions, zeroed, of small pages. Host memory is taken only when touched.
     pub fn new(specs: &[RegionSpec]) -> Result<Self, MemoryError> {
+        Self::with_backing(specs, Backing::default())
+    }
+
+    /// Allocates the regions, zeroed.
+    ///
+    /// # Errors
+    /// The regions contradict each other, or the host refuses memory of that kind; [`MemoryError`] says what would help.
+    pub fn with_backing(specs: &[RegionSpec], backing: Backing) -> Result<Self, MemoryError> {
         let mut regions: Vec<Region> = Vec::with_capacity(specs.len());
         let mut sorted = specs.to_vec();
         sorted.sort_by_key(|s| s.start);
-        let mut offset = 0u64;
+        let mut end = 0u64;
         for spec in &sorted {
             let bad = |why| MemoryError::Layout { start: spec.start, size: spec.size, why };
             if spec.size == 0 {
@@ -97,14 +108,16 @@ impl GuestMemory {
             if regions.last().is_some_and(|r| r.start + r.size > spec.start) {
                 return Err(bad("it overlaps another region"));
             }
+            let offset = place(spec, end, backing.pages);
             regions.push(Region { start: spec.start, size: spec.size, kind: spec.kind, offset });
-            offset += spec.size;
+            end = offset + spec.size;
         }
         if regions.is_empty() {
             return Err(MemoryError::Layout { start: 0, size: 0, why: "there must be at least one region" });
         }
-        let map = Mapping::new(offset)?;
-        let books = Books::new((offset / PAGE_SIZE) as usize);
+        let used: Vec<_> = regions.iter().map(|r| r.offset..r.offset + r.size).collect();
+        let map = Mapping::new(end, backing, &used)?;
+        let books = Books::new((end / PAGE_SIZE) as usize);
         Ok(Self(Arc::new(Inner { regions, books, map })))
     }
 
@@ -125,7 +138,7 @@ impl GuestMemory {
     }
 
     fn host(&self, offset: u64) -> NonNull<u8> {
-        // SAFETY: offsets come from the region list, whose sum is the mapping's length.
+        // SAFETY: offsets come from the region list, and the mapping reaches to the end of the last region.
         unsafe { self.0.map.base().add(offset as usize) }
     }
 
@@ -227,22 +240,46 @@ impl GuestMemory {
         Ok(bytes)
     }
 
-    /// Zeroes a range; whole pages are given back to the host.
+    /// Zeroes a range; whole pages are given back to the host, unless they are wired or come from its pool of huge pages.
     pub fn zero(&self, gpa: u64, len: u64) -> Result<(), MemoryError> {
         let len = usize::try_from(len).map_err(|_| MemoryError::Unbacked { gpa, len })?;
-        let zeros = [0; PAGE_SIZE as usize];
+        let mut hole = 0..0;
         for piece in self.pieces(gpa, len, true)? {
-            let whole = piece.len as u64 == PAGE_SIZE;
-            let offset = piece.page.index as u64 * PAGE_SIZE;
-            if !(whole && self.0.map.punch(offset, PAGE_SIZE).is_ok()) {
-                // SAFETY: `pieces` checked that the range is in the mapping.
-                unsafe {
-                    pages::copy_in(piece.page.host.add(piece.offset as usize).as_ptr(), &zeros[..piece.len]);
+            let page = piece.page.index;
+            if piece.len as u64 == PAGE_SIZE && !self.0.map.keeps() {
+                if page != hole.end {
+                    self.give_back(std::mem::replace(&mut hole, page..page));
                 }
+                hole.end += 1;
+            } else {
+                self.clear(page, piece.offset, piece.len);
             }
-            self.0.books.written(piece.page.index, piece.offset, piece.len as u64);
         }
+        self.give_back(hole);
         Ok(())
+    }
+
+    /// Zeroes whole pages (by index) by letting the host have them.
+    fn give_back(&self, pages: Range<usize>) {
+        if pages.is_empty() {
+            return;
+        }
+        let punched = self.0.map.punch(pages.start as u64 * PAGE_SIZE, pages.len() as u64 * PAGE_SIZE);
+        for page in pages {
+            match punched {
+                Ok(()) => self.0.books.written(page, 0, PAGE_SIZE),
+                Err(_) => self.clear(page, 0, PAGE_SIZE as usize),
+            }
+        }
+    }
+
+    /// Zeroes bytes of one page (by index) of a region.
+    fn clear(&self, page: usize, offset: u64, len: usize) {
+        const ZEROS: [u8; PAGE_SIZE as usize] = [0; PAGE_SIZE as usize];
+        let host = self.host(page as u64 * PAGE_SIZE + offset);
+        // SAFETY: callers pass pages of regions and ranges that lie within one, all of which is mapped.
+        unsafe { pages::copy_in(host.as_ptr(), &ZEROS[..len]) };
+        self.0.books.written(page, offset, len as u64);
     }
 
     /// The watch mask of a page (by [`HostPage::index`]): one bit per [`crate::WATCH_GRANULE`] bytes that hold decoded
@@ -380,6 +417,14 @@ impl GuestMemory {
     }
 }
 
+/// The offset in the memfd of a region that comes after what ends at `end`: the least that lets the host map it with pages as
+/// large as it could hold.
+fn place(spec: &RegionSpec, end: u64, pages: PageSize) -> u64 {
+    let holds = |page: u64| spec.start.next_multiple_of(page) + page <= spec.start + spec.size;
+    let align = if pages == PageSize::Huge1G && holds(GIGANTIC_PAGE) { GIGANTIC_PAGE } else { LARGE_PAGE };
+    end + (spec.start.wrapping_sub(end) & (align - 1))
+}
+
 #[cfg(test)]
 mod tests {
     use std::sync::atomic::Ordering;
@@ -484,6 +529,57 @@ mod tests {
         m.read(0, &mut back).unwrap();
         assert!(back[..0x800].iter().chain(&back[0x2800..]).all(|&b| b == 7));
         assert!(back[0x800..0x2800].iter().all(|&b| b == 0));
+    }
+
+    #[test]
+    fn zeroing_over_regions_touches_nothing_else() {
+        let ram = |start| RegionSpec { start, size: 0x2000, kind: RegionKind::Ram };
+        let m = GuestMemory::new(&[ram(0), ram(0x2000), ram(0x20_4000)]).unwrap();
+        let page = m.page(0x1000).unwrap().index;
+        m.set_dirty_logging(true);
+        m.watch(page).store(u64::MAX, Ordering::SeqCst);
+        for at in [0, 0x2000, 0x20_4000] {
+            m.write(at, &[7; 0x2000]).unwrap();
+        }
+        assert!(m.zero(0x1000, 0x20_4000).is_err(), "there is a hole");
+        assert_eq!(m.take_dirty().len(), 6);
+        m.zero(0xfff, 0x2002).unwrap();
+        let mut back = vec![0; 0x4000];
+        m.read(0, &mut back).unwrap();
+        assert!(back[..0xfff].iter().chain(&back[0x3001..]).all(|&b| b == 7));
+        assert!(back[0xfff..0x3001].iter().all(|&b| b == 0));
+        assert_eq!(m.take_dirty(), [0, 0x1000, 0x2000, 0x3000]);
+        assert_eq!(m.version(page).load(Ordering::SeqCst), 1);
+        assert_eq!(m.read_u8(0x20_4000).unwrap(), 7);
+    }
+
+    #[test]
+    fn guest_and_host_addresses_agree_modulo_a_large_page() {
+        let ram = |start, size| RegionSpec { start, size, kind: RegionKind::Ram };
+        let rom = RegionSpec { start: 0xfffe_0000, size: 0x2_0000, kind: RegionKind::Rom };
+        let specs = [ram(0, 0xa_0000), ram(0xc_0000, 0x34_0000), rom, ram(1 << 32, 0x10_0000)];
+        let m = GuestMemory::new(&specs).unwrap();
+        for r in m.regions() {
+            assert_eq!(r.start % LARGE_PAGE, r.host.addr().get() as u64 % LARGE_PAGE, "{:#x}", r.start);
+            assert_eq!(r.start % LARGE_PAGE, r.offset % LARGE_PAGE, "{:#x}", r.start);
+            m.load_rom(r.start, &[1]).unwrap();
+        }
+        let offsets: Vec<u64> = m.regions().map(|r| r.offset).collect();
+        assert_eq!(offsets, [0, 0xc_0000, 0x5e_0000, 0x60_0000]);
+        m.set_dirty_logging(true);
+        m.write_u8(1 << 32, 1).unwrap();
+        assert_eq!(m.take_dirty(), [1 << 32]);
+    }
+
+    #[test]
+    fn gigantic_pages_are_not_spent_on_small_regions() {
+        let at =
+            |start, size, end, pages| place(&RegionSpec { start, size, kind: RegionKind::Ram }, end, pages);
+        let end = 3 << 30;
+        // A whole page of 1 GiB fits, so it gets one; a ROM stays close to what comes before it.
+        assert_eq!(at((4 << 30) + 0xc_0000, 2 << 30, end, PageSize::Huge1G), end + 0xc_0000);
+        assert_eq!(at((5 << 30) - 0x2_0000, 0x2_0000, end, PageSize::Huge1G), end + 0x1e_0000);
+        assert_eq!(at((4 << 30) + 0x20_0000, 2 << 30, end, PageSize::Huge2M), end);
     }
 
     #[test]

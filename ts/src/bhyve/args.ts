@@ -1,5 +1,6 @@
 /** The arguments of bhyve(8), as far as this version has what they mean. */
 import { unsupportedDevices } from '../config/options.js'
+import { maxHostCpu } from '../config/schema.js'
 import { didYouMean } from '../config/suggest.js'
 import type { CpuTopology, SerialConfig } from '../config/types.js'
 import { ConfigError } from '../errors.js'
@@ -40,6 +41,16 @@ export function parseMemory(text: string): number | string {
   const number = asNumber(text)
   if (typeof number === 'string' || !Number.isInteger(number)) return text
   return number < 2 ** 20 ? number * 2 ** 20 : number
+}
+
+/** `-p`: `vcpu:hostcpu`, both numbered from 0. */
+export function parsePin(text: string): { vcpu: string; hostCpu: number } {
+  const match = /^(0|[1-9]\d{0,3}):(\d{1,5})$/.exec(text)
+  const [, vcpu = '', cpu = ''] = match ?? []
+  const hostCpu = Number(cpu)
+  if (match && hostCpu <= maxHostCpu) return { vcpu, hostCpu }
+  const expected = 'a processor and the host CPU it runs on, VCPU:HOSTCPU such as 0:2'
+  throw refuse('ERR_CONFIG_CPUS', `cpus: expected ${expected}, got ${JSON.stringify(text)}`)
 }
 
 /** What a `-l` says. */

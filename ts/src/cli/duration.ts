@@ -9,3 +9,12 @@ export function parseDuration(text: string): number | undefined {
   const ms = Number(match[1]) * (units[match[2] ?? 's'] ?? 0)
   return ms > 0 && ms < 2 ** 31 ? ms : undefined
 }
+
+/** A time of a second or less, in nanoseconds: `0`, `500ns`, `200us`, `1ms`, `1s`; `undefined` if it is none. */
+export function parseNanoseconds(text: string): number | undefined {
+  if (text === '0') return 0
+  const match = /^(\d{1,10})(ns|us|ms|s)$/.exec(text)
+  const [, number = '', unit = ''] = match ?? []
+  const time = Number(number) * ({ ns: 1, us: 1e3, ms: 1e6, s: 1e9 }[unit] ?? Number.NaN)
+  return time <= 1e9 ? time : undefined
+}

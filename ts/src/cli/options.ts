@@ -1,9 +1,9 @@
 /** The options of `skep run`, in one table: the parser, the help, the completions and the documentation come from here. */
 import { resolve } from 'node:path'
-import { checkSlot, parseCpus, parseLpc, parseMemory, parseSerial } from '../bhyve/args.js'
+import { checkSlot, parseCpus, parseLpc, parseMemory, parsePin, parseSerial } from '../bhyve/args.js'
 import { cpuModels, parseCpu } from '../config/cpu.js'
 import { UsageError } from './context.js'
-import { parseDuration } from './duration.js'
+import { parseDuration, parseNanoseconds } from './duration.js'
 
 /** A configuration while it is put together: not checked yet. */
 export type Draft = Record<string, unknown>
@@ -40,12 +40,23 @@ export interface RunOption {
 /** An empty path stays one, for the check of the configuration to refuse. */
 const file = (value: string): string => (value === '' ? '' : resolve(value))
 
+function isObject(value: unknown): value is Draft {
+  return typeof value === 'object' && value !== null && !Array.isArray(value)
+}
+
 function object(draft: Draft, key: string): Draft {
   const value = draft[key]
-  if (typeof value === 'object' && value !== null && !Array.isArray(value)) return value as Draft
+  if (isObject(value)) return value
   const created: Draft = {}
   draft[key] = created
   return created
+}
+
+/** An option with a short form that gives one value: `cpus: 2` becomes `cpus: { cores: 2 }`. */
+function expanded(draft: Draft, key: string, short: string): Draft {
+  const value = draft[key]
+  if (value !== undefined && !isObject(value)) draft[key] = { [short]: value }
+  return object(draft, key)
 }
 
 /** What is booted, when the command line says something else than the configuration: the kind changes with it. */
@@ -140,7 +151,10 @@ export const runOptions: readonly RunOption[] = [
     group: 'Machine:',
     path: 'cpus',
     apply: (value, draft) => {
-      draft['cpus'] = parseCpus(value)
+      const cpus = parseCpus(value)
+      const pin = isObject(draft['cpus']) ? draft['cpus']['pin'] : undefined
+      if (pin === undefined) draft['cpus'] = cpus
+      else draft['cpus'] = { ...(isObject(cpus) ? cpus : { cores: cpus }), pin }
     },
   },
   {
@@ -169,7 +183,39 @@ export const runOptions: readonly RunOption[] = [
     group: 'Machine:',
     path: 'memory',
     apply: (value, draft) => {
-      draft['memory'] = parseMemory(value)
+      if (isObject(draft['memory'])) draft['memory']['size'] = parseMemory(value)
+      else draft['memory'] = parseMemory(value)
+    },
+  },
+  {
+    flags: '-S, --wired',
+    about: "take all memory at once and lock it, as bhyve's -S",
+    group: 'Machine:',
+    path: 'memory.wired',
+    apply: (_, draft) => {
+      expanded(draft, 'memory', 'size')['wired'] = true
+    },
+  },
+  {
+    flags: '--huge-pages <kind>',
+    about: 'back memory with huge pages: transparent ones, or from the pool (default: off)',
+    group: 'Machine:',
+    choices: ['off', 'thp', '2M', '1G'],
+    path: 'memory.hugePages',
+    apply: (value, draft) => {
+      expanded(draft, 'memory', 'size')['hugePages'] = value === 'off' ? false : value
+    },
+  },
+  {
+    flags: '-p, --pin <vcpu:hostcpu>',
+    about: "run a processor on a host CPU, as bhyve's -p; again for the same one adds to it",
+    group: 'Machine:',
+    repeatable: true,
+    path: 'cpus.pin',
+    apply: (value, draft) => {
+      const { vcpu, hostCpu } = parsePin(value)
+      const pin = object(expanded(draft, 'cpus', 'cores'), 'pin')
+      pin[vcpu] = [pin[vcpu] ?? []].flat().concat(hostCpu)
     },
   },
   {
@@ -180,6 +226,56 @@ export const runOptions: readonly RunOption[] = [
     path: 'accel',
     apply: (value, draft) => {
       draft['accel'] = value
+    },
+  },
+  {
+    flags: '-H, --hlt-exit',
+    about: "a halted processor gives its host CPU back, as bhyve's -H (default)",
+    group: 'Machine:',
+    path: 'exits.hlt',
+    apply: (_, draft) => {
+      object(draft, 'exits')['hlt'] = true
+    },
+  },
+  {
+    flags: '--no-hlt-exit',
+    about: 'a halted processor keeps its host CPU, as bhyve does without -H',
+    group: 'Machine:',
+    path: 'exits.hlt',
+    apply: (_, draft) => {
+      object(draft, 'exits')['hlt'] = false
+    },
+  },
+  {
+    flags: '-P, --pause-exit',
+    about: "a processor that spins on PAUSE lets others run, as bhyve's -P (default)",
+    group: 'Machine:',
+    path: 'exits.pause',
+    apply: (_, draft) => {
+      object(draft, 'exits')['pause'] = true
+    },
+  },
+  {
+    flags: '--no-pause-exit',
+    about: 'a processor may spin on PAUSE, as in bhyve without -P',
+    group: 'Machine:',
+    path: 'exits.pause',
+    apply: (_, draft) => {
+      object(draft, 'exits')['pause'] = false
+    },
+  },
+  {
+    flags: '--halt-poll <time>',
+    about: 'for how long a halted processor polls: 200us, 1ms, 0 (default: as the host does)',
+    group: 'Machine:',
+    path: 'exits.haltPoll',
+    apply: (value, draft) => {
+      const time = parseNanoseconds(value)
+      if (time === undefined) {
+        const message = `--halt-poll: expected a time up to 1s such as 200us or 1ms, got ${JSON.stringify(value)}`
+        throw new UsageError(message)
+      }
+      object(draft, 'exits')['haltPoll'] = time
     },
   },
   {

@@ -57,16 +57,41 @@ export const configOptions: ReadonlyMap<string, ConfigOption> = new Map(
         { expects: 'true or false', about: 'Whether the processor shows it. Default: as the model has it.' },
       ]),
     ),
+    'cpus.pin': {
+      expects: 'host CPUs (0 to 8191) by processor, such as { "0": 2, "1": [2, 3] }',
+      about: "The host's CPUs that a processor may run on, by its number. Default: none is named.",
+    },
     memory: {
       expects: 'a size from 2M to 16T in whole MiB, such as 512M or 2G (or a number of bytes)',
       about: 'Guest memory. Default 256M.',
     },
     'memory.size': {
       expects: 'a size from 2M to 16T in whole MiB, such as 512M or 2G (or a number of bytes)',
-      about: 'How much.',
+      about: 'How much. Default 256M.',
+    },
+    'memory.wired': {
+      expects: 'true or false',
+      about: 'Whether all memory is taken at once and never paged out. Default false.',
+    },
+    'memory.hugePages': {
+      expects: 'false, "thp", "2M" or "1G"',
+      about: "Larger pages of the host's: transparent ones, or 2 MiB or 1 GiB from its pool. Default false.",
     },
     accel: { expects: '"auto", "software" or "kvm"', about: 'What runs the processors. Default auto.' },
     engine: { expects: '"auto" or "interpreter"', about: 'The engine of the software CPU. Default auto.' },
+    exits: { expects: '{ hlt, pause, haltPoll }', about: 'What leaves the guest.' },
+    'exits.hlt': {
+      expects: 'true or false',
+      about: "Whether HLT leaves the guest, so that the host's CPU can do other work. Default true.",
+    },
+    'exits.pause': {
+      expects: 'true or false',
+      about: 'Whether a loop of PAUSE leaves the guest, so that others can run. Default true.',
+    },
+    'exits.haltPoll': {
+      expects: 'nanoseconds from 0 to 1000000000, or null',
+      about: 'For how long a halted processor polls before its thread sleeps. Default null: as the host does.',
+    },
     boot: { expects: '{ kernel } or { rom }', about: 'What is booted.' },
     'boot.kind': { expects: '"kernel" or "rom"', about: 'Tells the two kinds of boot apart.' },
     'boot.kernel': { expects: 'a path', about: 'Linux bzImage, ELF with a PVH note, or multiboot image.' },
@@ -114,8 +139,6 @@ export const unsupportedOptions: ReadonlyMap<string, string> = new Map(
     audio: 'audio',
     tpm: 'a TPM',
     gdb: 'a debug stub',
-    'memory.wired': 'wired memory',
-    'memory.hugepages': 'huge pages',
     'boot.uefi': 'UEFI',
     'boot.disk': 'disks',
     'boot.image': 'images in the configuration',

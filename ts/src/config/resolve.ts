@@ -1,6 +1,7 @@
 /** From a configuration to a specification: every slot, every default. */
 import { createHash } from 'node:crypto'
 import { resolve as resolvePath } from 'node:path'
+import { type Diagnosis, diagnose } from '../doctor.js'
 import { ConfigError, HostError } from '../errors.js'
 import { comPorts, layOut } from '../pci/layout.js'
 import { lpcSlot } from '../pci/slot.js'
@@ -12,6 +13,8 @@ import { validate } from './validate.js'
 export interface ResolveOptions {
   /** The folder from which relative paths start. Default: the current one. */
   base?: string | undefined
+  /** The host that is resolved for, as {@link diagnose} tells of it; asked if `accel` is not `'software'`. Default: this one. */
+  host?: Diagnosis | undefined
 }
 
 /** The configuration as it is; gives editors the type of the literal. */
@@ -24,34 +27,48 @@ export function defineVm<const C extends VmConfig>(config: C): C {
  * a specification gives the same specification.
  *
  * @throws ConfigError if the configuration cannot be.
- * @throws HostError with `ERR_ACCEL_UNSUPPORTED` if this version cannot run processors that way.
+ * @throws HostError with `ERR_KVM_MISSING`, `ERR_KVM_PERMISSION`, `ERR_KVM_VERSION`, `ERR_KVM_CAPABILITY` or `ERR_KVM_DEVICE`
+ *   if `accel` is `'kvm'` and the host has it not.
+ * @throws NativeBindingError if the host is asked and the compiled part is missing.
  */
 export function resolve(config: VmConfig, options: ResolveOptions = {}): MachineSpec {
   const valid = validate(config)
   const file = (path: string): string => resolvePath(options.base ?? process.cwd(), path)
   const name = valid.name ?? 'vm'
+  const accel = accelerator(valid, options.host)
   const spec: MachineSpec = {
     version: 1,
     name,
     uuid: valid.uuid?.toLowerCase() ?? uuidOf(name),
     cpus: topology(valid.cpus ?? 1),
     cpu: processor(valid.cpu ?? 'host'),
-    memory: { size: bytes(valid.memory ?? '256M') },
-    accel: accelerator(valid.accel ?? 'auto'),
-    engine: 'interpreter',
+    memory: memory(valid.memory ?? {}),
+    accel,
+    engine: accel === 'software' ? 'interpreter' : null,
+    exits: {
+      hlt: valid.exits?.hlt ?? true,
+      pause: valid.exits?.pause ?? true,
+      haltPoll: valid.exits?.haltPoll ?? null,
+    },
     boot: boot(valid.boot, file),
     devices: layOut(valid.devices?.[lpcSlot], file),
     debugExit: valid.debugExit ?? false,
     rtc: valid.rtc ?? 'utc',
     onReboot: valid.onReboot ?? 'restart',
   }
+  checkPins(spec.cpus)
   checkSerial(valid, spec)
   return spec
 }
 
 function topology(cpus: NonNullable<VmConfig['cpus']>): MachineSpec['cpus'] {
-  if (typeof cpus === 'number') return { sockets: 1, cores: cpus, threads: 1 }
-  return { sockets: cpus.sockets ?? 1, cores: cpus.cores ?? 1, threads: cpus.threads ?? 1 }
+  if (typeof cpus === 'number') return { sockets: 1, cores: cpus, threads: 1, pin: {} }
+  const pin = Object.entries(cpus.pin ?? {}).map(([vcpu, host]): [string, number[]] => [
+    vcpu,
+    [...new Set([host].flat())].sort((a, b) => a - b),
+  ])
+  const { sockets = 1, cores = 1, threads = 1 } = cpus
+  return { sockets, cores, threads, pin: Object.fromEntries(pin) }
 }
 
 function processor(cpu: NonNullable<VmConfig['cpu']>): MachineSpec['cpu'] {
@@ -60,14 +77,33 @@ function processor(cpu: NonNullable<VmConfig['cpu']>): MachineSpec['cpu'] {
   return { model, features: Object.fromEntries(given) }
 }
 
-function bytes(memory: NonNullable<VmConfig['memory']>): number {
-  return parseSize(typeof memory === 'object' ? memory.size : memory) ?? 0
+function checkPins({ sockets, cores, threads, pin }: MachineSpec['cpus']): void {
+  const count = sockets * cores * threads
+  const vcpu = Object.keys(pin).find((number) => Number(number) >= count)
+  if (vcpu === undefined) return
+  const path = `cpus.pin.${vcpu}`
+  const message = `${path}: there is no processor ${vcpu} to pin; this machine has ${count}, numbered from 0`
+  throw new ConfigError('ERR_CONFIG_CPUS', message, { path })
 }
 
-function accelerator(accel: NonNullable<VmConfig['accel']>): 'software' {
-  if (accel !== 'kvm') return 'software'
-  const message = 'accel: this version of skep cannot run processors on KVM yet; use "auto" or "software"'
-  throw new HostError('ERR_ACCEL_UNSUPPORTED', message, { path: 'accel' })
+function memory(config: NonNullable<VmConfig['memory']>): MachineSpec['memory'] {
+  const { size = '256M', wired = false, hugePages = false } = typeof config === 'object' ? config : { size: config }
+  return { size: parseSize(size) ?? 0, wired, hugePages }
+}
+
+/** What runs the processors on this host, or on the one that is given. */
+function accelerator({ accel, engine }: VmConfig, host: Diagnosis | undefined): MachineSpec['accel'] {
+  const engineGiven = engine !== undefined && engine !== null && engine !== 'auto'
+  if (accel === 'kvm' && engineGiven) {
+    const message = 'engine: it is about the software CPU, and accel is "kvm"; leave one of them out'
+    throw new ConfigError('ERR_CONFIG_INVALID', message, { path: 'engine' })
+  }
+  if (accel === 'software' || engineGiven) return 'software'
+  const { accelerator, kvm } = host ?? diagnose()
+  if (accel !== 'kvm') return accelerator.auto
+  if (kvm.usable) return 'kvm'
+  const message = `accel: ${kvm.error ?? 'KVM cannot be used here'}; accel "software" needs none of it`
+  throw new HostError(kvm.code ?? 'ERR_KVM_DEVICE', message, { path: 'accel' })
 }
 
 function boot(config: VmConfig['boot'], file: (path: string) => string): MachineSpec['boot'] {

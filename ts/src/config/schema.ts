@@ -7,6 +7,10 @@ import type { VmConfig } from './types.js'
 
 /** Most processors of a machine. */
 export const maxCpus = 64
+/** Highest number of a host CPU. */
+export const maxHostCpu = 8191
+/** Longest polling of a halted processor in ns. */
+const maxHaltPoll = 1_000_000_000
 /** Granule of memory sizes in bytes. */
 export const memoryGranule: number = 2 ** 20
 /** Least and most memory in bytes. */
@@ -23,8 +27,25 @@ const path = z.string().min(1).refine(isText)
 const text = z.string().refine(isText)
 const factor = z.int().min(1).max(maxCpus)
 
+const hostCpu = z.int().min(0).max(maxHostCpu)
+const pin = z.record(
+  z.string().regex(/^(0|[1-9]\d{0,3})$/),
+  z.union([
+    hostCpu,
+    z
+      .array(hostCpu)
+      .min(1)
+      .max(maxHostCpu + 1),
+  ]),
+)
+
 const topology = z
-  .strictObject({ sockets: factor.optional(), cores: factor.optional(), threads: factor.optional() })
+  .strictObject({
+    sockets: factor.optional(),
+    cores: factor.optional(),
+    threads: factor.optional(),
+    pin: pin.optional(),
+  })
   .refine(({ sockets = 1, cores = 1, threads = 1 }) => sockets * cores * threads <= maxCpus)
 
 const model = z.enum(cpuModels)
@@ -41,6 +62,18 @@ const size = z
     if (amount === undefined) return false
     return amount >= memoryRange.least && amount <= memoryRange.most && amount % memoryGranule === 0
   })
+
+const memory = z.strictObject({
+  size: size.optional(),
+  wired: z.boolean().optional(),
+  hugePages: z.union([z.literal(false), z.enum(['thp', '2M', '1G'])]).optional(),
+})
+
+const exits = z.strictObject({
+  hlt: z.boolean().optional(),
+  pause: z.boolean().optional(),
+  haltPoll: z.int().min(0).max(maxHaltPoll).nullable().optional(),
+})
 
 const kernelBoot = z.strictObject({
   kind: z.literal('kernel').optional(),
@@ -83,9 +116,10 @@ const schema = z.strictObject({
     .optional(),
   cpus: z.union([factor, topology]).optional(),
   cpu: z.union([model, cpu]).optional(),
-  memory: z.union([size, z.strictObject({ size })]).optional(),
+  memory: z.union([size, memory]).optional(),
   accel: z.enum(['auto', 'software', 'kvm']).optional(),
-  engine: z.enum(['auto', 'interpreter']).optional(),
+  engine: z.enum(['auto', 'interpreter']).nullable().optional(),
+  exits: exits.optional(),
   boot: z.union([kernelBoot, romBoot]),
   devices: z.strictObject({ '0:31:0': lpc.optional() }).optional(),
   debugExit: z.boolean().optional(),

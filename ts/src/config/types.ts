@@ -36,10 +36,18 @@ export interface VmConfig {
   cpu?: CpuModel | CpuConfig | undefined
   /** Memory, 2 MiB to 16 TiB in steps of 1 MiB. Default `'256M'`. */
   memory?: Size | MemoryConfig | undefined
-  /** What runs the processors. Default `'auto'`, which in this version is `'software'`. */
+  /**
+   * What runs the processors. Default `'auto'`: KVM where the host's processor has VT-x or SVM and /dev/kvm can be used, else
+   * the software CPU. `'kvm'` takes KVM even where it is paravirtual.
+   */
   accel?: Accelerator | undefined
-  /** The engine of the software CPU. Default `'auto'`, which in this version is `'interpreter'`. */
-  engine?: 'auto' | 'interpreter' | undefined
+  /**
+   * The engine of the software CPU. Default `'auto'`, which in this version is `'interpreter'`. Naming one makes `accel`
+   * `'auto'` the software CPU; `null` is none, with KVM.
+   */
+  engine?: 'auto' | 'interpreter' | null | undefined
+  /** What leaves the guest, and so what a guest that waits does to the host's processors. */
+  exits?: ExitsConfig | undefined
   /** What is booted. */
   boot: BootConfig
   /** Devices by slot. */
@@ -58,7 +66,7 @@ export interface VmConfig {
 /** Ways of running processors. */
 export type Accelerator = 'auto' | 'software' | 'kvm'
 
-/** Processors: the product is their number, 1 to 64. */
+/** Processors: the product of sockets, cores and threads is their number, 1 to 64. */
 export interface CpuTopology {
   /** Packages. Default 1. */
   sockets?: number | undefined
@@ -66,6 +74,11 @@ export interface CpuTopology {
   cores?: number | undefined
   /** Threads of a core. Default 1. */
   threads?: number | undefined
+  /**
+   * The host's CPUs that a processor may run on, by its number: `{ 0: 2, 1: [2, 3] }`. Those that are not named run where
+   * this process may. Default: none is named.
+   */
+  pin?: Record<string, number | number[]> | undefined
 }
 
 /**
@@ -88,8 +101,32 @@ export type CpuFeatures = { [name in CpuFeature]?: boolean | undefined }
 
 /** Guest memory. */
 export interface MemoryConfig {
-  /** How much. */
-  size: Size
+  /** How much. Default `'256M'`. */
+  size?: Size | undefined
+  /** Whether all of it is taken when the machine is created and never paged out (RLIMIT_MEMLOCK counts). Default `false`. */
+  wired?: boolean | undefined
+  /** Larger pages of the host's. Default `false`. */
+  hugePages?: HugePages | undefined
+}
+
+/**
+ * Pages of the host that back guest memory: `false` are small ones (4 KiB); `'thp'` lets the kernel take transparent huge
+ * pages (2 MiB) where it has some; `'2M'` and `'1G'` come from the host's pool of huge pages, all at once when the machine is
+ * created.
+ */
+export type HugePages = false | 'thp' | '2M' | '1G'
+
+/** What leaves the guest. The software CPU yields whenever a processor halts, whatever is said here. */
+export interface ExitsConfig {
+  /**
+   * Whether HLT leaves the guest, so that the host's CPU can do other work. Without it a halted processor keeps its host CPU
+   * to itself, and interrupts reach it sooner. Default `true`.
+   */
+  hlt?: boolean | undefined
+  /** Whether a loop of PAUSE leaves the guest, so that the processor it waits for can run. Default `true`. */
+  pause?: boolean | undefined
+  /** For how long a halted processor polls before its thread sleeps: nanoseconds, at most 10^9. Default `null`, as the host does. */
+  haltPoll?: number | null | undefined
 }
 
 /** What is booted: a kernel, loaded directly, or the firmware in a ROM. */
@@ -167,15 +204,17 @@ export interface MachineSpec {
   /** UUID in its canonical form. */
   uuid: string
   /** Processors. */
-  cpus: { sockets: number; cores: number; threads: number }
+  cpus: { sockets: number; cores: number; threads: number; pin: Record<string, number[]> }
   /** What CPUID shows. */
   cpu: { model: CpuModel; features: CpuFeatures }
-  /** Memory in bytes, a multiple of 1 MiB. */
-  memory: { size: number }
+  /** Memory: bytes, a multiple of 1 MiB, and how the host backs it. */
+  memory: { size: number; wired: boolean; hugePages: HugePages }
   /** What runs the processors. */
-  accel: 'software'
-  /** The engine of the software CPU. */
-  engine: 'interpreter'
+  accel: 'software' | 'kvm'
+  /** The engine of the software CPU; `null` with KVM. */
+  engine: 'interpreter' | null
+  /** What leaves the guest; times in nanoseconds. */
+  exits: { hlt: boolean; pause: boolean; haltPoll: number | null }
   /** What is booted; paths are absolute. */
   boot:
     | {

@@ -125,7 +125,9 @@ function unknownSlot(path: string, key: string, value: unknown): ConfigIssue {
 }
 
 function generic(path: readonly Key[]): string {
-  return formatPath(path).replace(/\[\d+\]/g, '[]')
+  const full = formatPath(path)
+  // What is pinned is known by its number, and has no entry of its own.
+  return full.startsWith('cpus.pin') ? 'cpus.pin' : full.replace(/\[\d+\]/g, '[]')
 }
 
 function issueAt(keys: readonly Key[], value: unknown): ConfigIssue {

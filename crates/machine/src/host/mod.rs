@@ -1,6 +1,7 @@
 //! What this host is and can do: for `skep doctor`, for the choice of an accelerator, and for refusing memory that the
 //! host does not have before anything is allocated.
 
+pub(crate) mod affinity;
 mod guest;
 mod kvm;
 
@@ -53,6 +54,8 @@ pub struct Features {
     pub unrestricted_guest: bool,
     /// AMD nested paging.
     pub npt: bool,
+    /// The host is itself a virtual machine, by its hypervisor's own word (CPUID.1:ECX[31]).
+    pub hypervisor: bool,
 }
 
 /// The accelerator that `auto` picks.
@@ -101,7 +104,7 @@ pub struct Limits {
 /// Looks at the host. Leaves nothing behind.
 pub fn probe() -> Host {
     let cpu = Cpu::from_cpuinfo(&text("/proc/cpuinfo"));
-    let kvm = Kvm::probe(cpu.features.vmx || cpu.features.svm);
+    let kvm = Kvm::probe(&cpu.features);
     let accelerator = choose(&cpu.features, &kvm);
     let limits = Limits::probe();
     let memory = meminfo(&text("/proc/meminfo"), "MemTotal").unwrap_or(0);
@@ -119,6 +122,11 @@ pub(crate) fn memory_total() -> Option<u64> {
     Some(meminfo(&info, "MemTotal")?.saturating_add(meminfo(&info, "SwapTotal").unwrap_or(0)))
 }
 
+/// Memory of this host in bytes that can be had without swapping.
+pub(crate) fn memory_available() -> Option<u64> {
+    meminfo(&text("/proc/meminfo"), "MemAvailable")
+}
+
 /// A file of the kernel's, empty if there is none.
 fn text(path: &str) -> String {
     fs::read_to_string(path).unwrap_or_default()
@@ -126,19 +134,28 @@ fn text(path: &str) -> String {
 
 fn choose(features: &Features, kvm: &Kvm) -> Choice {
     let hardware = if features.vmx { "VT-x" } else { "SVM" };
-    let reason = match (features.vmx || features.svm, kvm.present) {
-        (true, true) => {
-            format!("this CPU offers {hardware} and /dev/kvm is there, but this version runs guests on the software CPU only")
+    let why_not = kvm.error.as_deref().unwrap_or("/dev/kvm cannot be used");
+    let (auto, reason) = match (features.hardware(), kvm.usable) {
+        (true, true) => ("kvm", format!("this CPU offers {hardware}, and /dev/kvm can be used")),
+        (true, false) => ("software", format!("this CPU offers {hardware}, but {why_not}")),
+        // An error about a device that would not be taken anyway would only mislead.
+        (false, _) if kvm.present => {
+            let reason = "this CPU offers neither VT-x nor SVM; /dev/kvm is the paravirtual kind (PVM), which would interpret \
+                 unmodified guests slowly";
+            ("software", reason.to_owned())
         }
-        (true, false) => format!("this CPU offers {hardware}, but there is no /dev/kvm (is the kvm module loaded?)"),
-        (false, true) => {
-            "this CPU offers neither VT-x nor SVM; /dev/kvm is the paravirtual kind, which would interpret unmodified guests \
-             slowly"
-                .to_owned()
+        (false, _) => {
+            ("software", "this CPU offers neither VT-x nor SVM, and there is no /dev/kvm".to_owned())
         }
-        (false, false) => "this CPU offers neither VT-x nor SVM, and there is no /dev/kvm".to_owned(),
     };
-    Choice { auto: "software", reason }
+    Choice { auto, reason }
+}
+
+impl Features {
+    /// Whether the CPU has VT-x or SVM.
+    fn hardware(&self) -> bool {
+        self.vmx || self.svm
+    }
 }
 
 impl Cpu {
@@ -160,6 +177,7 @@ impl Cpu {
             ept: has(vmx_flags, "ept") || has(flags, "ept"),
             unrestricted_guest: has(vmx_flags, "unrestricted_guest"),
             npt: has(flags, "npt"),
+            hypervisor: has(flags, "hypervisor"),
         };
         Self { vendor: field("vendor_id").to_owned(), model: field("model name").to_owned(), features }
     }
@@ -227,11 +245,21 @@ mod tests {
     }
 
     #[test]
-    fn a_paravirtual_kvm_is_passed_over_and_said_so() {
-        let kvm = Kvm { present: true, paravirtual: true, ..Kvm::default() };
-        let choice = choose(&Features::default(), &kvm);
-        assert_eq!(choice.auto, "software");
-        assert!(choice.reason.contains("paravirtual"));
+    fn hardware_is_chosen_where_it_can_be_used() {
+        let (amd, none) = (Features { svm: true, ..Features::default() }, Features::default());
+        let good = Kvm { present: true, openable: true, usable: true, ..Kvm::default() };
+        let closed = Kvm { present: true, error: Some("it is closed".into()), ..Kvm::default() };
+        for (features, kvm, auto, reason) in [
+            (amd, &good, "kvm", "offers SVM, and /dev/kvm can be used"),
+            (amd, &closed, "software", "offers SVM, but it is closed"),
+            (none, &good, "software", "paravirtual kind (PVM)"),
+            (none, &closed, "software", "paravirtual kind (PVM)"),
+            (none, &Kvm::default(), "software", "there is no /dev/kvm"),
+        ] {
+            let choice = choose(&features, kvm);
+            assert_eq!(choice.auto, auto);
+            assert!(choice.reason.contains(reason), "{}", choice.reason);
+        }
     }
 
     #[test]
@@ -239,6 +267,9 @@ mod tests {
         let host = probe();
         assert!(host.host.cpus > 0 && host.host.memory_bytes > 0 && !host.host.kernel.is_empty());
         assert!(host.kvm.present || !host.kvm.openable);
+        assert_eq!(host.kvm.usable, host.kvm.code.is_none());
+        assert_eq!(host.kvm.code.is_none(), host.kvm.error.is_none());
+        assert!(host.accelerator.auto == "software" || host.kvm.usable);
         assert!(host.limits.memory_total_bytes >= Some(host.host.memory_bytes));
         let json = serde_json::to_value(&host).unwrap();
         assert!(json["cpu"]["features"]["unrestrictedGuest"].is_boolean());

@@ -50,15 +50,14 @@ function virtualization(features: Diagnosis['cpu']['features']): string {
 }
 
 function kvmLines(kvm: Diagnosis['kvm']): string[] {
-  if (!kvm.present) return ['not there']
-  if (!kvm.openable) {
+  if (kvm.paravirtual && kvm.usable) {
     return [
-      `there, but may not be opened${kvm.error ? `: ${kvm.error}` : ''}`,
-      'add yourself to its group: sudo usermod -aG kvm $USER',
+      'present, paravirtual (PVM): would interpret unmodified guests slowly → not used',
+      'forced with --accel kvm',
     ]
   }
-  if (kvm.paravirtual) return ['present, paravirtual (PVM): would interpret unmodified guests slowly → not used']
-  return [`present, API version ${kvm.apiVersion ?? '?'}`]
+  if (kvm.usable) return [`present, API version ${kvm.apiVersion ?? '?'}, has all that is needed`]
+  return [kvm.error ?? (kvm.present ? 'present, but cannot be used' : 'not there')]
 }
 
 function limitLines(limits: Diagnosis['limits']): string[] {

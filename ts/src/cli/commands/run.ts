@@ -201,13 +201,15 @@ async function optionErrors<T>(args: RunArguments, action: () => Promise<T>): Pr
   } catch (error) {
     if (!isSkepError(error) || error.path === undefined) throw error
     const { path } = error
-    const given = args.given.find(({ option }) => isWithin(path, option.path))
-    throw given ? renamed(error, path, longName(given.option)) : error
+    const given = args.given.reduce<RunOption | undefined>((best, { option }) => {
+      return covers(option.path, path) && (option.path?.length ?? 0) > (best?.path?.length ?? 0) ? option : best
+    }, undefined)
+    throw given ? renamed(error, path, longName(given)) : error
   }
 }
 
-/** Whether `path` is `option` or a part of it: `cpu.model` of `cpu`, and `cpus` not. */
-function isWithin(path: string, option: string | undefined): boolean {
+/** Whether `path` is `option` or lies within it: `cpus` covers `cpus.pin.0`, and `cpu` does not. */
+function covers(option: string | undefined, path: string): boolean {
   return option !== undefined && path.startsWith(option) && /^([.[]|$)/.test(path.slice(option.length))
 }
 
