@@ -8,6 +8,7 @@ import { build, isCompiling } from './lib/build.mjs'
 import { hardwareKvm } from './lib/kvm.mjs'
 import { prepareL1 } from './lib/l1/image.mjs'
 import { checkL1, runInL1 } from './lib/l1/run.mjs'
+import { lines } from './lib/lines.mjs'
 import { bin, logs, root, state } from './lib/paths.mjs'
 import { duration, plain, step } from './lib/progress.mjs'
 import { Failure, main, run } from './lib/run.mjs'
@@ -134,17 +135,6 @@ async function runParts(parts, start) {
   }
   await running
   return totals
-}
-
-/** Whole lines out of chunks. */
-function lines(onLine) {
-  let rest = ''
-  const decoder = new TextDecoder()
-  return (chunk) => {
-    const parts = (rest + decoder.decode(chunk, { stream: true })).split(/\r?\n/)
-    rest = parts.pop() ?? ''
-    for (const line of parts) onLine(line)
-  }
 }
 
 await main(async () => {
