@@ -7,6 +7,8 @@ export default defineConfig({
   test: {
     projects: [
       { test: { name: 'unit', include: ['test/unit/**/*.test.ts'], pool, testTimeout: 60_000 } },
+      // Fetches and builds: what needs the network, by itself.
+      { test: { name: 'guests', include: ['test/guests/**/*.test.ts'], pool, testTimeout: 600_000 } },
       {
         test: {
           name: 'boot',

@@ -6,6 +6,7 @@ import { build, isCompiling } from './lib/build.mjs'
 import { bin, logs, state } from './lib/paths.mjs'
 import { duration, step } from './lib/progress.mjs'
 import { Failure, main, run } from './lib/run.mjs'
+import { isCargoFailure, isVitestMilestone } from './lib/runners.mjs'
 import { checkTools } from './lib/tools.mjs'
 import { libtestResult, Totals, vitestResult } from './lib/totals.mjs'
 
@@ -38,9 +39,6 @@ async function cargo(totals) {
   })
 }
 
-const isCargoFailure = (line) =>
-  /^test .* FAILED$|^error(\[|:)|panicked at|^\s+left: |^\s+right: |^assertion /.test(line)
-
 /** Runs a vitest project; `reporter` decides whether every test is told or only every file. */
 async function vitest(project, reporter, totals) {
   await step(`vitest ${project}`, async (step) => {
@@ -63,8 +61,6 @@ async function vitest(project, reporter, totals) {
     return `${part}`
   })
 }
-
-const isVitestMilestone = (line) => /^\s?[✓↓] \||^\s*[✗×❯] |^\s*FAIL |Error: |^\s*at .*\.test\.ts/.test(line)
 
 await main(async () => {
   const started = Date.now()

@@ -14,11 +14,15 @@ function cpuTime(pid) {
  * Starts a program whose stdout is the guest's serial console and waits until `marker` shows.
  * @param {string} command
  * @param {string[]} args
- * @param {{ marker: string, timeout: number }} options timeout in ms
+ * @param {object} options
+ * @param {string} options.marker
+ * @param {number} options.timeout in ms
+ * @param {(pid: number) => object} [options.inspect] looks at the process when the marker has shown, while it is stopped;
+ *   what it returns becomes part of the result
  * @returns {Promise<{ wallMs: number, cpuMs: number, report?: unknown }>} `report` is what a program prints as JSON on
  *   its third descriptor once it is told to end (SIGTERM)
  */
-export function trial(command, args, { marker, timeout }) {
+export function trial(command, args, { marker, timeout, inspect }) {
   return new Promise((resolve, reject) => {
     const started = performance.now()
     const child = spawn(command, args, { stdio: ['ignore', 'pipe', 'pipe', 'pipe'] })
@@ -31,7 +35,12 @@ export function trial(command, args, { marker, timeout }) {
       text += chunk
       if (result || !text.includes(marker)) return
       result = { wallMs: performance.now() - started, cpuMs: cpuTime(child.pid) }
+      if (inspect) {
+        child.kill('SIGSTOP')
+        Object.assign(result, inspect(child.pid))
+      }
       child.kill('SIGTERM')
+      if (inspect) child.kill('SIGCONT')
     })
     child.stderr.setEncoding('utf8').on('data', (chunk) => {
       errors += chunk

@@ -50,6 +50,12 @@ async function buildTypeScript() {
 /** The crates of this workspace, as milestones among a hundred dependencies. */
 export const isCompiling = (line) => /^\s*(Compiling|Checking) skep-|^\s*Finished /.test(line)
 
+/** The TypeScript part alone: enough to make images with. */
+export async function buildPackage() {
+  await install()
+  await buildTypeScript()
+}
+
 /** Everything that `dist` needs. */
 export async function build() {
   await install()

@@ -40,9 +40,10 @@ for (const signal of ['SIGINT', 'SIGTERM', 'SIGHUP']) {
  * @param {(line: string) => void} [options.onLine] every line of both streams
  * @param {NodeJS.ProcessEnv} [options.env] additions to the environment
  * @param {boolean} [options.allowFailure] return the status instead of throwing
+ * @param {AbortSignal} [options.signal] kills it; the abort is thrown
  * @returns {Promise<number>} exit status, 128 + n for a signal
  */
-export async function run(command, args, { log, step, milestone, onLine, env, allowFailure = false } = {}) {
+export async function run(command, args, { log, step, milestone, onLine, env, signal, allowFailure = false } = {}) {
   let file
   if (log) {
     mkdirSync(logs, { recursive: true })
@@ -50,7 +51,13 @@ export async function run(command, args, { log, step, milestone, onLine, env, al
     file.write(`$ ${command} ${args.join(' ')}\n`)
   }
   const tail = []
-  const child = spawn(command, args, { cwd: root, stdio: ['ignore', 'pipe', 'pipe'], env: { ...process.env, ...env } })
+  const child = spawn(command, args, {
+    cwd: root,
+    stdio: ['ignore', 'pipe', 'pipe'],
+    env: { ...process.env, ...env },
+    signal,
+    killSignal: 'SIGKILL',
+  })
   children.add(child)
   for (const stream of [child.stdout, child.stderr]) {
     let rest = ''

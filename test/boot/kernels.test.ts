@@ -3,6 +3,7 @@
 import { setTimeout as sleep } from 'node:timers/promises'
 import { describe, expect, test } from 'vitest'
 import { Vm, type VmConfig, type VmExit } from '../../dist/index.js'
+import { accel, accelArgs } from '../helpers/accel.js'
 import { skep } from '../helpers/cli.js'
 import { testKernel } from '../helpers/guests.js'
 
@@ -17,7 +18,7 @@ interface Outcome {
 
 /** Runs a test kernel to its end. */
 async function boot(config: Omit<Partial<VmConfig>, 'boot'> & Pick<VmConfig, 'boot'>): Promise<Outcome> {
-  await using vm = await Vm.create({ memory: '64M', accel: 'software', debugExit: true, ...config })
+  await using vm = await Vm.create({ memory: '64M', accel, debugExit: true, ...config })
   const console = vm.console(1)
   await vm.start()
   const exit = await vm.wait({ timeout: TIMEOUT })
@@ -52,6 +53,7 @@ describe('a start', () => {
       '--kernel',
       await testKernel('hello-pvh.elf'),
       '--debug-exit',
+      ...accelArgs,
     ])
     expect(stdout.replaceAll('\r', '')).toContain('skep: long mode via PVH')
     expect(stderr).not.toMatch(/error/i)
@@ -78,7 +80,8 @@ describe('an end', () => {
   })
 
   test('of each kind is the status of the command', async () => {
-    const status = async (name: string) => (await skep(['run', '--kernel', await testKernel(name)])).status
+    const status = async (name: string) =>
+      (await skep(['run', ...accelArgs, '--kernel', await testKernel(name)])).status
     expect(await status('reset-cf9.elf')).toBe(0)
     expect(await status('power-off.elf')).toBe(1)
     expect(await status('halt.elf')).toBe(2)
@@ -86,8 +89,8 @@ describe('an end', () => {
   })
 
   test('a reset with onReboot "restart" starts it again, and again', async () => {
-    const config = { memory: '64M', onReboot: 'restart', boot: { kernel: await testKernel('reset-cf9.elf') } } as const
-    await using vm = await Vm.create(config)
+    const boot = { kernel: await testKernel('reset-cf9.elf') }
+    await using vm = await Vm.create({ memory: '64M', accel, onReboot: 'restart', boot })
     const console = vm.console(1)
     await vm.start()
     for (let round = 0; round < 5; round++) await console.waitFor('skep: reset by port 0xcf9', { timeout: TIMEOUT })

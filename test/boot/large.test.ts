@@ -2,6 +2,7 @@
 import { createHash } from 'node:crypto'
 import { expect, test } from 'vitest'
 import { Vm } from '../../dist/index.js'
+import { accel } from '../helpers/accel.js'
 import { debianFull, largeInitramfs } from '../helpers/guests.js'
 
 const TIMEOUT = 900_000
@@ -16,7 +17,7 @@ test.each(['node', 'python3'] as const)(
     await using vm = await Vm.create({
       cpus: 2,
       memory: '2G',
-      accel: 'software',
+      accel,
       boot: { kernel, initrd, cmdline: 'console=ttyS0 quiet' },
     })
     const console = vm.console(1)

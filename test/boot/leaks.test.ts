@@ -3,6 +3,7 @@ import { execFile } from 'node:child_process'
 import { fileURLToPath } from 'node:url'
 import { promisify } from 'node:util'
 import { expect, test } from 'vitest'
+import { accel } from '../helpers/accel.js'
 import { debianCloud } from '../helpers/guests.js'
 
 const CYCLES = Number(process.env['SKEP_CYCLES'] ?? 200)
@@ -23,7 +24,7 @@ interface Held {
 
 test(`${CYCLES} machines leave no memory, thread or descriptor`, { timeout: 600_000 }, async () => {
   const { kernel, initrd, cmdline } = await debianCloud()
-  const config = { cpus: 2, memory: '128M', accel: 'software', boot: { kernel, initrd, cmdline } }
+  const config = { cpus: 2, memory: '128M', accel, boot: { kernel, initrd, cmdline } }
   const script = fileURLToPath(new URL('../helpers/cycles.mjs', import.meta.url))
   const { stdout } = await promisify(execFile)(
     process.execPath,

@@ -2,6 +2,7 @@
 // MADT, drives the screen, the keyboard and the serial port, and then touches every byte there is.
 import { expect, test } from 'vitest'
 import { Vm } from '../../dist/index.js'
+import { accel } from '../helpers/accel.js'
 import { packageFile } from '../helpers/guests.js'
 
 test('memtest86+ tests memory and finds no error', { timeout: 600_000 }, async () => {
@@ -9,7 +10,7 @@ test('memtest86+ tests memory and finds no error', { timeout: 600_000 }, async (
   await using vm = await Vm.create({
     cpus: 1,
     memory: '32M',
-    accel: 'software',
+    accel,
     boot: { kernel, cmdline: 'console=ttyS0,115200' },
   })
   const console = vm.console(1)

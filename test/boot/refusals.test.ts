@@ -1,6 +1,7 @@
 // What bad input gets: a message with a remedy on stderr, nothing on stdout, status 4, and nothing left behind.
 import { chmod, mkdir, truncate, writeFile } from 'node:fs/promises'
 import { afterAll, beforeAll, describe, expect, test } from 'vitest'
+import { accelArgs } from '../helpers/accel.js'
 import { Folder, skep } from '../helpers/cli.js'
 import { debianCloud, type Guest } from '../helpers/guests.js'
 
@@ -68,7 +69,7 @@ async function refused(args: string[], message: RegExp, wrapper: string[] = []) 
 }
 
 /** `skep run` of the guest's kernel with further options. */
-const run = (...more: string[]) => ['run', '--kernel', guest.kernel, '--memory', '256M', ...more]
+const run = (...more: string[]) => ['run', ...accelArgs, '--kernel', guest.kernel, '--memory', '256M', ...more]
 
 describe('a kernel that', () => {
   test.each<[string, string, RegExp]>([

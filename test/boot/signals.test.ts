@@ -2,6 +2,7 @@
 import { spawn } from 'node:child_process'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { beforeAll, describe, expect, test } from 'vitest'
+import { accelArgs } from '../helpers/accel.js'
 import { Folder, SKEP, start } from '../helpers/cli.js'
 import { debianCloud, type Guest } from '../helpers/guests.js'
 
@@ -11,7 +12,7 @@ let args: string[]
 beforeAll(async () => {
   guest = await debianCloud()
   args = ['run', '--kernel', guest.kernel, '--initrd', guest.initrd, '--cmdline', `${guest.cmdline} earlyprintk=ttyS0`]
-  args.push('--memory', '256M', '--cpus', '2', '--serial', 'stdio')
+  args.push('--memory', '256M', '--cpus', '2', '--serial', 'stdio', ...accelArgs)
 }, 300_000)
 
 /** As a shell shows it. */

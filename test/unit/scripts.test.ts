@@ -1,10 +1,16 @@
 // What the scripts conclude from other programs' output, and which licences they let in.
+import { execFile } from 'node:child_process'
 import { mkdtemp, rm, writeFile } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
+import { promisify } from 'node:util'
 import { describe, expect, test } from 'vitest'
 // @ts-expect-error plain JavaScript, since it runs before anything is built
 import { satisfies } from '../../scripts/lib/licences.mjs'
+// @ts-expect-error
+import { lines } from '../../scripts/lib/lines.mjs'
+// @ts-expect-error
+import { markers, script } from '../../scripts/lib/suite.mjs'
 // @ts-expect-error
 import { libtestResult, Totals, vitestResult } from '../../scripts/lib/totals.mjs'
 
@@ -36,6 +42,40 @@ describe('totals', () => {
     totals.add({ passed: 2, skipped: 1 })
     totals.add({ passed: 3, failed: 1 })
     expect(String(totals)).toBe('5 passed, 1 failed, 1 skipped')
+  })
+})
+
+describe('commands in one script', () => {
+  const sh = (text: string) => ({ args: ['sh', '-c', text], cwd: '/' })
+
+  test('are told apart, with their exit statuses, whatever they print', async () => {
+    const commands = [
+      { args: ['sh', '-c', 'printf "$WORD; no end of line"; pwd >&2'], cwd: '/usr', env: { WORD: "it's" } },
+      sh('exit 3'),
+      sh('kill -9 $$'),
+    ]
+    const { stdout } = await promisify(execFile)('sh', ['-c', script(commands)])
+    const marks = markers([1, 2])
+    const rest: string[] = []
+    const take = lines((line: string) => {
+      if (!marks.take(line)) rest.push(line)
+    })
+    // In pieces that end anywhere.
+    for (const byte of Buffer.from(stdout)) take(Buffer.of(byte))
+    expect(await marks.ended(0)).toEqual([0])
+    expect(await marks.ended(1)).toEqual([3, 137])
+    expect(rest).toContain("it's; no end of line/usr")
+  })
+
+  test('that cannot even start have a status', async () => {
+    const commands = [{ args: ['true'], cwd: '/no such folder' }, sh('exit 0')]
+    const { stdout } = await promisify(execFile)('sh', ['-c', script(commands)])
+    const marks = markers([2])
+    const take = lines((line: string) => marks.take(line))
+    take(Buffer.from(stdout))
+    const [first, second] = await marks.ended(0)
+    expect(first).not.toBe(0)
+    expect(second).toBe(0)
   })
 })
 

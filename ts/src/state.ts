@@ -92,6 +92,12 @@ export interface VcpuStats {
   blocks: number
   /** Misses of the software TLB. */
   tlbMisses: number
+  /** Instructions that KVM could not execute and the software CPU's interpreter did. */
+  emulated: number
+  /** Returns from the guest to this process, by reason; empty under the software CPU, where the guest runs inside of it. */
+  exits: Record<string, number>
+  /** What the host's kernel has counted of this processor, under its own names; empty where it does not. */
+  kernel: Record<string, number>
 }
 
 /** What a device has been asked for. */

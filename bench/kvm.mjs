@@ -1,0 +1,199 @@
+// npm run bench:kvm: the same kernel and initramfs under KVM by Skep (in Node, and in a process without it) and by QEMU (q35 and
+// microvm), in turn, each boot in a process of its own: time to the guest's init, exits, memory. On this machine's own KVM if
+// its processor has VT-x or SVM, else in L1, where only the ratios mean something (docs/performance.md).
+//   npm run bench:kvm -- [--runs 3] [--cpus 1] [--memory 512] [--log quiet,full] [--only NAME,...] [--l1] [--accel kvm]
+import { mkdirSync, readFileSync, writeFileSync } from 'node:fs'
+import { join } from 'node:path'
+import { parseArgs } from 'node:util'
+import { build, isCompiling } from '../scripts/lib/build.mjs'
+import { prepareGuest } from '../scripts/lib/guest.mjs'
+import { hardwareKvm } from '../scripts/lib/kvm.mjs'
+import { prepareL1 } from '../scripts/lib/l1/image.mjs'
+import { checkL1, QEMU, runInL1 } from '../scripts/lib/l1/run.mjs'
+import { lines } from '../scripts/lib/lines.mjs'
+import { root, state } from '../scripts/lib/paths.mjs'
+import { step } from '../scripts/lib/progress.mjs'
+import { Failure, main, output, run } from '../scripts/lib/run.mjs'
+import { checkTools } from '../scripts/lib/tools.mjs'
+import { host } from './lib/host.mjs'
+import { median, table } from './lib/stats.mjs'
+
+const CONTENDERS = ['skep in node', 'skep bare', 'qemu q35', 'qemu microvm']
+const LOGS = ['quiet', 'full']
+/** The guest's first program prints it, before it becomes the initramfs's own init. */
+const MARKER = '<init>'
+const BOOT_TIMEOUT = 180_000
+const TIMEOUT = 7_200_000
+const L1 = { cpus: 2, memory: '3G' }
+const MIB = 1 << 20
+
+const whole = (text, name) => {
+  const number = Number(text)
+  if (!Number.isInteger(number) || number < 1)
+    throw new Failure(`--${name} ${text}: a whole number of at least 1 is wanted`, 2)
+  return number
+}
+
+const chosenOf = (text, known, name) => {
+  const chosen = text.split(',')
+  const unknown = chosen.filter((one) => !known.includes(one))
+  if (unknown.length > 0) throw new Failure(`--${name} ${unknown.join()}: there are ${known.join(', ')}`, 2)
+  return chosen
+}
+
+function options() {
+  const { values } = parseArgs({
+    options: {
+      runs: { type: 'string', default: '3' },
+      cpus: { type: 'string', default: '1' },
+      memory: { type: 'string', default: '512' },
+      log: { type: 'string', default: LOGS.join() },
+      only: { type: 'string', default: CONTENDERS.join() },
+      accel: { type: 'string', default: 'kvm' },
+      l1: { type: 'boolean', default: false },
+    },
+  })
+  return {
+    runs: whole(values.runs, 'runs'),
+    cpus: values.cpus.split(',').map((text) => whole(text, 'cpus')),
+    memoryMiB: whole(values.memory, 'memory'),
+    logs: chosenOf(values.log, LOGS, 'log'),
+    contenders: chosenOf(values.only, CONTENDERS, 'only'),
+    accel: chosenOf(values.accel, ['kvm', 'software'], 'accel')[0],
+    l1: values.l1,
+  }
+}
+
+/** Skep without Node: the example program of the crate. */
+async function buildBare() {
+  let path
+  const onLine = (line) => {
+    if (line.startsWith('{"reason":"compiler-artifact"')) path = JSON.parse(line).executable ?? path
+  }
+  const args = ['build', '--release', '--package', 'skep-machine', '--example', 'run']
+  await step('build Skep without Node', (step) =>
+    run('cargo', [...args, '--message-format=json-render-diagnostics'], {
+      log: 'build-bare',
+      step,
+      milestone: isCompiling,
+      onLine,
+    }),
+  )
+  if (!path) throw new Failure('cargo has built no example')
+  return path
+}
+
+/**
+ * The guest's initramfs with one more file, as a second archive behind the first (the kernel takes any number): a first
+ * program that says that it runs and becomes the real one.
+ */
+async function markedInitrd(guest) {
+  const { writeInitramfs } = await import('../dist/index.js')
+  const more = join(state, 'bench-marker.cpio')
+  const data = `#!/bin/sh\necho '${MARKER}'\nexec /init\n`
+  await writeInitramfs(more, [{ path: 'marked-init', type: 'file', mode: 0o755, data }])
+  const path = join(state, 'bench-initrd')
+  writeFileSync(path, Buffer.concat([readFileSync(guest.initrd), readFileSync(more)]))
+  return path
+}
+
+/** One line of the table and of the summary, from the samples of one kind of boot. */
+function summary(samples) {
+  const good = samples.filter(({ error }) => !error)
+  if (good.length === 0) return { failed: samples.length }
+  const of = (value) => {
+    const values = good.map(value).filter((number) => number !== undefined)
+    return values.length > 0 ? median(values) : undefined
+  }
+  const count = (name) => of(({ kernel }) => kernel?.[name])
+  // Skep counts what came back to its own process; QEMU does not say.
+  const toProcess = ({ report }) =>
+    report?.vcpus.flatMap(({ exits }) => Object.values(exits ?? {})).reduce((sum, n) => sum + n, 0)
+  return {
+    failed: samples.length - good.length,
+    wallMs: of(({ wallMs }) => wallMs),
+    cpuMs: of(({ cpuMs }) => cpuMs),
+    exits: count('exits'),
+    ioExits: count('io_exits'),
+    mmioExits: count('mmio_exits'),
+    exitsToProcess: of(toProcess),
+    overheadBytes: of(({ memory }) => memory.overhead),
+    guestBytes: of(({ memory }) => memory.guest),
+  }
+}
+
+const shown = (value, format = (n) => n.toFixed(0)) => (value === undefined ? '–' : format(value))
+const seconds = (ms) => (ms / 1000).toFixed(2)
+const mib = (bytes) => (bytes / MIB).toFixed(1)
+
+await main(async () => {
+  const chosen = options()
+  const here = hardwareKvm()
+  const direct = (here.usable || chosen.accel === 'software') && !chosen.l1
+  const version = await output(QEMU, ['--version'])
+  if (!version) throw new Failure(`${QEMU} is missing: sudo apt install qemu-system-x86`)
+  await checkTools({ guests: true })
+  await build()
+  const bare = await buildBare()
+  const guest = await prepareGuest()
+  if (!direct) {
+    await checkL1()
+    await prepareL1()
+  }
+  const cmdlines = Object.fromEntries(
+    chosen.logs.map((log) => [log, `${guest.cmdline} rdinit=/marked-init${log === 'quiet' ? ' quiet' : ''}`]),
+  )
+  const plan = {
+    ...chosen,
+    ...{ kernel: guest.kernel, initrd: await markedInitrd(guest), cmdlines, marker: MARKER },
+    ...{ timeout: BOOT_TIMEOUT, qemu: QEMU, bare },
+  }
+  const about = { ...(await host()), l1: !direct && L1, qemu: version.split('\n')[0], ...plan }
+
+  const command = [process.execPath, join(root, 'bench/lib/kvm-boots.mjs'), JSON.stringify(plan)]
+  process.stderr.write(`${here.reason}: measuring ${direct ? 'on this machine' : 'in L1'}\n`)
+  let samples
+  await step('boot', async (step) => {
+    let last = ''
+    const note = (line) => step.note(line, { milestone: true })
+    const take = (line) => {
+      if (line.startsWith('[')) last = line
+      else note(line)
+    }
+    const status = direct
+      ? await run(command[0], command.slice(1), { log: 'bench-kvm', allowFailure: true, onLine: take })
+      : await runInL1(command, { ...L1, timeout: TIMEOUT, onStdout: lines(take), onStderr: lines(note) })
+    if (status !== 0 || !last) throw new Failure(`${command.slice(0, 2).join(' ')} ended with status ${status}`)
+    samples = JSON.parse(last)
+  })
+
+  const kinds = chosen.logs.flatMap((log) =>
+    chosen.cpus.flatMap((cpus) => chosen.contenders.map((name) => ({ name, cpus, log }))),
+  )
+  const results = kinds.map((kind) => ({
+    ...kind,
+    ...summary(samples.filter((one) => one.name === kind.name && one.cpus === kind.cpus && one.log === kind.log)),
+  }))
+  const head = ['', 'vCPUs', 'log', 'to init, s', 'CPU, s', 'of q35', 'exits', 'port', 'MMIO', 'to process']
+  const rows = [[...head, 'overhead, MiB', 'guest, MiB']]
+  for (const one of results) {
+    const q35 = results.find(({ name, cpus, log }) => name === 'qemu q35' && cpus === one.cpus && log === one.log)
+    const ratio = one.wallMs && q35?.wallMs ? one.wallMs / q35.wallMs : undefined
+    rows.push([
+      one.name,
+      one.cpus,
+      one.log,
+      one.failed ? `${one.failed} failed` : shown(one.wallMs, seconds),
+      shown(one.cpuMs, seconds),
+      shown(ratio, (n) => n.toFixed(2)),
+      ...[one.exits, one.ioExits, one.mmioExits, one.exitsToProcess].map((n) => shown(n)),
+      ...[one.overheadBytes, one.guestBytes].map((n) => shown(n, mib)),
+    ])
+  }
+  const folder = join(root, 'bench/results')
+  mkdirSync(folder, { recursive: true })
+  const file = join(folder, `kvm-${about.date.replaceAll(':', '')}.json`)
+  writeFileSync(file, `${JSON.stringify({ about, summary: results, samples }, null, 2)}\n`)
+  process.stdout.write(`${table(rows)}\n\nMedians of ${chosen.runs}${direct ? '' : ', in L1'}.\n${file}\n`)
+  return samples.some(({ error }) => error) ? 1 : 0
+})

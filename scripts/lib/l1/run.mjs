@@ -1,0 +1,170 @@
+// L1: a host with hardware virtualization where there is none. QEMU emulates an AMD processor with SVM and nested paging, in
+// it runs Debian's kernel with its own kvm_amd, and in that any command of this machine, with this machine's files.
+import {
+  closeSync,
+  mkdirSync,
+  mkdtempSync,
+  openSync,
+  readFileSync,
+  readSync,
+  realpathSync,
+  rmSync,
+  writeFileSync,
+} from 'node:fs'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
+import { root } from '../paths.mjs'
+import { duration } from '../progress.mjs'
+import { Failure, output, run } from '../run.mjs'
+import { prepareL1 } from './image.mjs'
+
+export const QEMU = 'qemu-system-x86_64'
+/** What a command gets where nothing else is said; `timeout` in ms. */
+export const DEFAULTS = { cpus: 2, memory: '2G', timeout: 600_000 }
+/** Exit status where the time was up, as timeout(1) has it. */
+const TIMED_OUT = 124
+/** Exit status where L1 itself failed. */
+const BROKEN = 125
+
+const POLL = 100
+const CONSOLE_TAIL = 30
+/** These have the same meaning in L1, whose files are the same. */
+const INHERITED = ['PATH', 'HOME', 'XDG_CACHE_HOME', 'NO_COLOR', 'CI']
+
+/**
+ * The kernel of L1 trusts what QEMU's emulation gets right, and does without what costs time under it: the TSC is the
+ * host's, and mitigations protect nothing here.
+ */
+const CMDLINE = 'console=ttyS0 quiet panic=-1 mitigations=off nokaslr tsc=reliable no_timer_check random.trust_cpu=on'
+
+const quoted = (text) => `'${text.replaceAll("'", "'\\''")}'`
+
+/** Throws a message that says how to get QEMU, if it is not there. */
+export async function checkL1() {
+  if (!(await output(QEMU, ['--version'])))
+    throw new Failure(`${QEMU} is missing, which emulates the machine for KVM: sudo apt install qemu-system-x86`)
+}
+
+/**
+ * Runs a command in a fresh L1, as root. All files of this machine are there under their own paths; what the command
+ * writes is gone afterwards, except in the folders of `writable`. There is no network and nothing on stdin.
+ * @param {string[]} command
+ * @param {object} [options]
+ * @param {number} [options.cpus]
+ * @param {string} [options.memory] for the kernel, the command and what it writes; with a suffix K, M or G
+ * @param {number} [options.timeout] for all of it, in ms
+ * @param {string} [options.cwd]
+ * @param {NodeJS.ProcessEnv} [options.env] additions to the environment
+ * @param {string[]} [options.writable] folders of this machine that the command may write
+ * @param {(chunk: Buffer) => void} [options.onStdout]
+ * @param {(chunk: Buffer) => void} [options.onStderr]
+ * @param {string} [options.log] name of the log file for L1's console
+ * @returns {Promise<number>} exit status of the command
+ */
+export async function runInL1(command, options = {}) {
+  const { cpus, memory, timeout, cwd, env, writable, onStdout, onStderr, log } = {
+    ...DEFAULTS,
+    cwd: root,
+    env: {},
+    writable: [],
+    log: 'l1',
+    ...options,
+  }
+  await checkL1()
+  const { kernel, initrd } = await prepareL1()
+  // The real path: in L1 the links of this machine lead nowhere while its root is not mounted in its place.
+  const job = mkdtempSync(join(realpathSync(tmpdir()), 'skep-l1-'))
+  const clean = () => rmSync(job, { recursive: true, force: true })
+  process.once('exit', clean)
+  try {
+    const shares = writable.map((path, index) => [`share${index}`, path])
+    for (const [, path] of shares) mkdirSync(path, { recursive: true })
+    writeFileSync(join(job, 'shares'), shares.map(([tag, path]) => `${tag} ${realpathSync(path)}\n`).join(''))
+    writeFileSync(join(job, 'command'), script(command, cwd, env), { mode: 0o600 })
+    const file = (name) => join(job, name)
+    const port = (name) => [
+      ...['-chardev', `file,id=${name},path=${file(name)}`],
+      ...['-device', `virtserialport,chardev=${name},name=${name}`],
+    ]
+    const folder = (tag, path, more) => [
+      ...['-fsdev', `local,id=${tag},path=${path},security_model=none${more}`],
+      ...['-device', `virtio-9p-pci,fsdev=${tag},mount_tag=${tag}`],
+    ]
+    const args = [
+      ...['-machine', 'q35,hpet=off', '-accel', 'tcg,thread=multi,tb-size=512', '-cpu', 'EPYC,+svm,+npt'],
+      ...['-smp', `${cpus}`, '-m', memory, '-nodefaults', '-no-user-config', '-display', 'none', '-no-reboot'],
+      ...['-kernel', kernel, '-initrd', initrd, '-append', `${CMDLINE} l1.job=${job}`, '-serial', 'stdio'],
+      ...folder('root', '/', ',readonly=on,multidevs=remap'),
+      ...shares.flatMap(([tag, path]) => folder(tag, path, '')),
+      ...['-device', 'virtio-rng-pci', '-device', 'virtio-serial-pci'],
+      ...['stdout', 'stderr', 'status'].flatMap(port),
+    ]
+    const streams = [follow(file('stdout'), onStdout), follow(file('stderr'), onStderr)]
+    const { tail, timedOut } = await boot(args, timeout, log)
+    for (const stop of streams) stop()
+    const status = readStatus(file('status'))
+    if (status !== undefined) return status
+    const reason = timedOut ? `the time was up after ${duration(timeout)}` : 'it died, its console ends with'
+    throw new Failure(`L1 did not finish: ${reason}\n${tail.join('\n')}`, timedOut ? TIMED_OUT : BROKEN)
+  } finally {
+    process.off('exit', clean)
+    clean()
+  }
+}
+
+/** The script that L1 runs. */
+function script(command, cwd, env) {
+  const inherited = Object.fromEntries(INHERITED.map((name) => [name, process.env[name]]))
+  const variables = Object.entries({ TERM: 'dumb', LANG: 'C.UTF-8', ...inherited, ...env, SKEP_L1: '1' })
+  const exports = variables
+    .filter(([, value]) => value !== undefined)
+    .map(([name, value]) => `${name}=${quoted(value)}`)
+  return `cd ${quoted(cwd)} || exit 125\nexec env -i ${exports.join(' ')} ${command.map(quoted).join(' ')}\n`
+}
+
+/** Runs QEMU to its end; the end of L1's console and whether it had to be ended. */
+async function boot(args, timeout, log) {
+  const tail = []
+  const signal = AbortSignal.timeout(timeout)
+  const onLine = (line) => {
+    if (line.includes("TCG doesn't support requested feature")) return
+    tail.push(line)
+    if (tail.length > CONSOLE_TAIL) tail.shift()
+  }
+  try {
+    // If we are killed, QEMU is too.
+    const command = ['--pdeathsig', 'KILL', '--', QEMU, ...args]
+    await run('setpriv', command, { log, allowFailure: true, signal, onLine })
+    return { tail, timedOut: false }
+  } catch (error) {
+    if (!signal.aborted) throw error
+    return { tail, timedOut: true }
+  }
+}
+
+/** Hands on what is appended to a file; the returned function reads the rest and ends it. */
+function follow(path, onData) {
+  if (!onData) return () => {}
+  writeFileSync(path, '')
+  const fd = openSync(path, 'r')
+  const buffer = Buffer.alloc(64 << 10)
+  const drain = () => {
+    for (let length = readSync(fd, buffer); length > 0; length = readSync(fd, buffer))
+      onData(buffer.subarray(0, length))
+  }
+  const timer = setInterval(drain, POLL)
+  return () => {
+    clearInterval(timer)
+    drain()
+    closeSync(fd)
+  }
+}
+
+function readStatus(path) {
+  try {
+    const text = readFileSync(path, 'utf8').trim()
+    return /^\d+$/.test(text) ? Number(text) : undefined
+  } catch {
+    return undefined
+  }
+}

@@ -1,0 +1,171 @@
+// npm run test:kvm: the tests that need a real KVM, on this machine's own if its processor has VT-x or SVM, else in L1 (a host
+// that QEMU emulates, docs/testing.md). `npm run test:kvm -- cargo`, `-- boot` run a part; --l1 takes L1 in any case.
+// Ends with one line of totals on stdout; the exit status is non-zero if anything failed.
+import { createWriteStream, mkdirSync, rmSync } from 'node:fs'
+import { dirname, join } from 'node:path'
+import { parseArgs } from 'node:util'
+import { build, isCompiling } from './lib/build.mjs'
+import { hardwareKvm } from './lib/kvm.mjs'
+import { prepareL1 } from './lib/l1/image.mjs'
+import { checkL1, runInL1 } from './lib/l1/run.mjs'
+import { lines } from './lib/lines.mjs'
+import { bin, logs, root, state } from './lib/paths.mjs'
+import { duration, plain, step } from './lib/progress.mjs'
+import { Failure, main, run } from './lib/run.mjs'
+import { isCargoFailure, isVitestMilestone } from './lib/runners.mjs'
+import { markers, script } from './lib/suite.mjs'
+import { checkTools } from './lib/tools.mjs'
+import { libtestResult, Totals, vitestResult } from './lib/totals.mjs'
+
+const PARTS = ['cargo', 'boot']
+/** The crate that is all about KVM, and those of whose tests the ones with `kvm` in their names are. */
+const CRATES = { 'skep-kvm': [], 'skep-machine': ['kvm'] }
+/** Guests of up to 2 GiB run in it, and what tests write is in memory. */
+const L1 = { cpus: 2, memory: '5G' }
+/** Bad input is refused before a processor runs, and 50 starts of the command take 5 minutes in L1. */
+const WITHOUT_GUESTS = ['--exclude', 'test/boot/refusals.test.ts']
+/** For all of it, in minutes: several times what it takes on two processors. */
+const TIMEOUT = '45'
+
+/** Builds the test programs; how each is run. */
+async function cargoCommands() {
+  const commands = []
+  const onLine = (line) => {
+    if (!line.startsWith('{"reason":"compiler-artifact"')) return
+    const { executable, profile, package_id, manifest_path } = JSON.parse(line)
+    if (!executable || !profile.test) return
+    const filters = Object.entries(CRATES).find(([name]) => package_id.includes(name))?.[1] ?? []
+    commands.push({ args: [executable, ...filters], cwd: dirname(manifest_path), env: { SKEP_TEST_KVM: '1' } })
+  }
+  const packages = Object.keys(CRATES).flatMap((name) => ['--package', name])
+  const args = ['test', ...packages, '--no-run', '--message-format=json-render-diagnostics']
+  await step('build the cargo tests', (step) =>
+    run('cargo', args, { log: 'cargo-test-kvm-build', step, milestone: isCompiling, onLine }),
+  )
+  if (commands.length === 0) throw new Failure('cargo has built no tests')
+  return commands
+}
+
+async function cargoPart() {
+  let results = 0
+  const totals = new Totals()
+  return {
+    title: 'cargo test under KVM',
+    log: 'cargo-test-kvm',
+    commands: await cargoCommands(),
+    milestone: isCargoFailure,
+    onLine(line) {
+      const result = libtestResult(line)
+      if (!result) return
+      results += 1
+      totals.add(result)
+    },
+    finish(statuses) {
+      // A program that died before its last line has not said what failed.
+      totals.add({ failed: Math.max(0, statuses.length - results) })
+      if (statuses.some((status) => status !== 0) && totals.failed === 0) totals.add({ failed: 1 })
+      return totals
+    },
+  }
+}
+
+/** The end-to-end tests. Their guests must be in the cache: L1 has no network. */
+async function bootPart() {
+  await step('prepare the guests', (step) =>
+    run(bin('vitest'), ['run', '--project', 'guests'], { log: 'vitest-guests', step, env: { NO_COLOR: '1' } }),
+  )
+  const report = join(state, 'vitest-boot-kvm.json')
+  mkdirSync(state, { recursive: true })
+  rmSync(report, { force: true })
+  const vitest = join(root, 'node_modules/vitest/vitest.mjs')
+  const reporters = ['--reporter=verbose', '--reporter=json', `--outputFile.json=${report}`]
+  return {
+    title: 'vitest boot under KVM',
+    log: 'vitest-boot-kvm',
+    commands: [
+      {
+        args: [process.execPath, vitest, 'run', '--project', 'boot', ...WITHOUT_GUESTS, ...reporters],
+        cwd: root,
+        env: { SKEP_TEST_ACCEL: 'kvm', NO_COLOR: '1' },
+      },
+    ],
+    milestone: isVitestMilestone,
+    finish([status]) {
+      const totals = new Totals()
+      try {
+        totals.add(vitestResult(report))
+      } catch (error) {
+        if (status === 0) throw new Failure(`vitest ran, but its report cannot be read: ${error.message}`)
+      }
+      if (status !== 0 && totals.failed === 0) totals.add({ failed: 1 })
+      return totals
+    },
+  }
+}
+
+/** Runs the script of all parts by `start`, which tells its lines, and each part as a step of its own. */
+async function runParts(parts, start) {
+  const marks = markers(parts.map(({ commands }) => commands.length))
+  let current
+  const running = start(script(parts.flatMap(({ commands }) => commands)), (line) => {
+    if (!marks.take(line)) current?.(line)
+  })
+  const early = running.then((status) => {
+    throw new Failure(`the tests ended before their end, with status ${status}`)
+  })
+  early.catch(() => {})
+  const totals = new Totals()
+  for (const [index, { title, log, milestone, onLine, finish }] of parts.entries()) {
+    await step(title, async (step) => {
+      mkdirSync(logs, { recursive: true })
+      const file = createWriteStream(join(logs, `${log}.log`))
+      current = (line) => {
+        file.write(`${line}\n`)
+        onLine?.(line)
+        step.note(line, { milestone: milestone(plain(line)) })
+      }
+      try {
+        const part = finish(await Promise.race([marks.ended(index), early]))
+        totals.add(part)
+        return `${part}`
+      } finally {
+        file.end()
+      }
+    })
+  }
+  await running
+  return totals
+}
+
+await main(async () => {
+  const started = Date.now()
+  const { values, positionals: chosen } = parseArgs({
+    options: { l1: { type: 'boolean', default: false }, timeout: { type: 'string', default: TIMEOUT } },
+    allowPositionals: true,
+  })
+  const unknown = chosen.filter((part) => !PARTS.includes(part))
+  if (unknown.length > 0) throw new Failure(`unknown part ${unknown.join(', ')}; there are ${PARTS.join(', ')}`, 2)
+  const timeout = Number(values.timeout) * 60_000
+  if (!(timeout > 0)) throw new Failure(`--timeout ${values.timeout}: a number of minutes is wanted`, 2)
+  const wanted = (part) => chosen.length === 0 || chosen.includes(part)
+
+  const here = hardwareKvm()
+  const direct = here.usable && !values.l1
+  if (!direct) await checkL1()
+  await checkTools({ guests: wanted('boot') || !direct, tests: true })
+  await build()
+  const parts = []
+  if (wanted('cargo')) parts.push(await cargoPart())
+  if (wanted('boot')) parts.push(await bootPart())
+  if (!direct) await prepareL1()
+
+  process.stderr.write(`${here.reason}: ${direct ? 'testing on this machine' : 'testing in L1'}\n`)
+  const totals = await runParts(parts, (text, onLine) => {
+    if (direct) return run('sh', ['-c', text], { allowFailure: true, onLine, signal: AbortSignal.timeout(timeout) })
+    const onStdout = lines(onLine)
+    return runInL1(['sh', '-c', text], { ...L1, timeout, writable: [state], onStdout, onStderr: onStdout })
+  })
+  process.stderr.write(`\n${duration(Date.now() - started)} in all; full output of every step: ${logs}\n`)
+  process.stdout.write(`${totals}\n`)
+  return totals.failed > 0 ? 1 : 0
+})
