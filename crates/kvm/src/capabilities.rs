@@ -4,29 +4,46 @@ use kvm_bindings::*;
 use kvm_ioctls::Kvm as KvmFd;
 use skep_hv::HvError;
 
-/// The only version of the API there ever was (since Linux 2.6.22).
-pub(crate) const API_VERSION: i32 = 12;
+/// The only version of the API that there has been since Linux 2.6.22.
+pub const API_VERSION: i32 = 12;
 
-/// What every machine needs, and since when Linux has it.
-const NEEDED: &[(u32, &str, &str)] = &[
-    (KVM_CAP_USER_MEMORY, "KVM_CAP_USER_MEMORY", "2.6.22"),
-    (KVM_CAP_SET_TSS_ADDR, "KVM_CAP_SET_TSS_ADDR", "2.6.24"),
-    (KVM_CAP_EXT_CPUID, "KVM_CAP_EXT_CPUID", "2.6.25"),
-    (KVM_CAP_MP_STATE, "KVM_CAP_MP_STATE", "2.6.26"),
-    (KVM_CAP_USER_NMI, "KVM_CAP_USER_NMI", "2.6.28"),
-    (KVM_CAP_IRQ_ROUTING, "KVM_CAP_IRQ_ROUTING", "2.6.30"),
-    (KVM_CAP_IRQFD, "KVM_CAP_IRQFD", "2.6.32"),
-    (KVM_CAP_IOEVENTFD, "KVM_CAP_IOEVENTFD", "2.6.32"),
-    (KVM_CAP_SET_IDENTITY_MAP_ADDR, "KVM_CAP_SET_IDENTITY_MAP_ADDR", "2.6.32"),
-    (KVM_CAP_VCPU_EVENTS, "KVM_CAP_VCPU_EVENTS", "2.6.33"),
-    (KVM_CAP_DEBUGREGS, "KVM_CAP_DEBUGREGS", "2.6.35"),
-    (KVM_CAP_XSAVE, "KVM_CAP_XSAVE", "2.6.36"),
-    (KVM_CAP_XCRS, "KVM_CAP_XCRS", "2.6.36"),
-    (KVM_CAP_SIGNAL_MSI, "KVM_CAP_SIGNAL_MSI", "3.5"),
-    (KVM_CAP_READONLY_MEM, "KVM_CAP_READONLY_MEM", "3.8"),
-    (KVM_CAP_SPLIT_IRQCHIP, "KVM_CAP_SPLIT_IRQCHIP", "4.4"),
-    (KVM_CAP_IMMEDIATE_EXIT, "KVM_CAP_IMMEDIATE_EXIT", "4.13"),
-];
+/// Something that every machine needs of KVM.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Needed {
+    /// Its number, for KVM_CHECK_EXTENSION.
+    pub number: u32,
+    /// Its name in linux/kvm.h.
+    pub name: &'static str,
+    /// The Linux that has had it since.
+    pub since: &'static str,
+}
+
+macro_rules! needed {
+    ($($name:ident since $since:literal;)*) => {
+        &[$(Needed { number: $name, name: stringify!($name), since: $since }),*]
+    };
+}
+
+/// What every machine needs.
+pub const NEEDED: &[Needed] = needed! {
+    KVM_CAP_USER_MEMORY since "2.6.22";
+    KVM_CAP_SET_TSS_ADDR since "2.6.24";
+    KVM_CAP_EXT_CPUID since "2.6.25";
+    KVM_CAP_MP_STATE since "2.6.26";
+    KVM_CAP_USER_NMI since "2.6.28";
+    KVM_CAP_IRQ_ROUTING since "2.6.30";
+    KVM_CAP_IRQFD since "2.6.32";
+    KVM_CAP_IOEVENTFD since "2.6.32";
+    KVM_CAP_SET_IDENTITY_MAP_ADDR since "2.6.32";
+    KVM_CAP_VCPU_EVENTS since "2.6.33";
+    KVM_CAP_DEBUGREGS since "2.6.35";
+    KVM_CAP_XSAVE since "2.6.36";
+    KVM_CAP_XCRS since "2.6.36";
+    KVM_CAP_SIGNAL_MSI since "3.5";
+    KVM_CAP_READONLY_MEM since "3.8";
+    KVM_CAP_SPLIT_IRQCHIP since "4.4";
+    KVM_CAP_IMMEDIATE_EXIT since "4.13";
+};
 
 /// Bits of KVM_CAP_X86_DISABLE_EXITS.
 pub(crate) const DISABLE_HLT: u64 = 1 << 1;
@@ -75,7 +92,7 @@ impl Capabilities {
             return Err(HvError::Unsupported(text));
         }
         let get = |number: u32| kvm.check_extension_raw(number.into()).max(0) as u32;
-        if let Some((_, name, since)) = NEEDED.iter().find(|(number, ..)| get(*number) == 0) {
+        if let Some(Needed { name, since, .. }) = NEEDED.iter().find(|needed| get(needed.number) == 0) {
             let text = format!(
                 "this host's KVM lacks {name} (Linux has it since {since}); use a newer kernel, or accel \"software\""
             );

@@ -26,4 +26,5 @@ mod statistics;
 mod vcpu;
 mod vm;
 
+pub use capabilities::{API_VERSION, NEEDED, Needed};
 pub use host::{Kvm, KvmOptions};

@@ -3,7 +3,9 @@
 use std::collections::BTreeMap;
 
 use serde::Serialize;
+use skep_hv::Hypervisor;
 use skep_hv::cpuid::{self, CpuidTable, Model, Provider};
+use skep_kvm::{Kvm, KvmOptions};
 
 /// What one back end can give.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -33,6 +35,12 @@ impl GuestCpu {
     /// The software CPU.
     pub(super) fn software() -> Self {
         Self::of("software", &cpuid::host(), Provider::Software)
+    }
+
+    /// KVM, if it can be asked.
+    pub(super) fn kvm() -> Option<Self> {
+        let table = Kvm::open(KvmOptions::default()).ok()?.cpuid().ok()?;
+        Some(Self::of("kvm", &table, Provider::Hardware))
     }
 
     /// A back end that can give `table`.

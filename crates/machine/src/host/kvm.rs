@@ -7,6 +7,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
 
 use serde::Serialize;
+use skep_kvm::{API_VERSION, NEEDED, Needed};
 
 use super::Features;
 
@@ -15,30 +16,6 @@ const DEVICE: &str = "/dev/kvm";
 const KVM_GET_API_VERSION: u64 = 0xae00;
 /// `_IO(KVMIO, 0x03)`.
 const KVM_CHECK_EXTENSION: u64 = 0xae03;
-/// The only version of the API there has been since Linux 2.6.22.
-const API_VERSION: i32 = 12;
-
-/// What every machine needs of KVM, by its number in linux/kvm.h, and the Linux that has had it since.
-const NEEDED: &[(u32, &str, &str)] = &[
-    (3, "KVM_CAP_USER_MEMORY", "2.6.22"),
-    (4, "KVM_CAP_SET_TSS_ADDR", "2.6.24"),
-    (7, "KVM_CAP_EXT_CPUID", "2.6.25"),
-    (14, "KVM_CAP_MP_STATE", "2.6.26"),
-    (22, "KVM_CAP_USER_NMI", "2.6.28"),
-    (25, "KVM_CAP_IRQ_ROUTING", "2.6.30"),
-    (32, "KVM_CAP_IRQFD", "2.6.32"),
-    (36, "KVM_CAP_IOEVENTFD", "2.6.32"),
-    (37, "KVM_CAP_SET_IDENTITY_MAP_ADDR", "2.6.32"),
-    (41, "KVM_CAP_VCPU_EVENTS", "2.6.33"),
-    (50, "KVM_CAP_DEBUGREGS", "2.6.35"),
-    (55, "KVM_CAP_XSAVE", "2.6.36"),
-    (56, "KVM_CAP_XCRS", "2.6.36"),
-    (77, "KVM_CAP_SIGNAL_MSI", "3.5"),
-    (81, "KVM_CAP_READONLY_MEM", "3.8"),
-    (121, "KVM_CAP_SPLIT_IRQCHIP", "4.4"),
-    (136, "KVM_CAP_IMMEDIATE_EXIT", "4.13"),
-];
-
 /// `/dev/kvm` as this process finds it.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize)]
 #[serde(rename_all = "camelCase")]
@@ -111,7 +88,7 @@ impl Kvm {
             return kvm.behind(&Obstacle::Version(version), features);
         }
         let has = |number: u32| ioctl(&file, KVM_CHECK_EXTENSION, number.into()).is_ok_and(|value| value > 0);
-        if let Some(&(_, name, since)) = NEEDED.iter().find(|(number, ..)| !has(*number)) {
+        if let Some(&Needed { name, since, .. }) = NEEDED.iter().find(|needed| !has(needed.number)) {
             return kvm.behind(&Obstacle::Capability(name, since), features);
         }
         kvm.usable = true;

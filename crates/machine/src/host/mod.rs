@@ -113,7 +113,9 @@ pub fn probe() -> Host {
         cpus: std::thread::available_parallelism().map_or(1, usize::from),
         memory_bytes: memory,
     };
-    Host { cpu, kvm, guests: vec![GuestCpu::software()], accelerator, host, limits }
+    let guests =
+        std::iter::once(GuestCpu::software()).chain(kvm.usable.then(GuestCpu::kvm).flatten()).collect();
+    Host { cpu, kvm, guests, accelerator, host, limits }
 }
 
 /// Memory and swap of this host in bytes: more can never be backed.
