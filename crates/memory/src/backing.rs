@@ -87,19 +87,20 @@ impl Pool {
     }
 }
 
-/// `2 MiB`, `1 GiB`.
-fn page_name(page: u64) -> &'static str {
-    if page == GIGANTIC_PAGE { "1 GiB" } else { "2 MiB" }
+/// `1 huge page of 2 MiB`, `8 huge pages of 1 GiB`.
+fn counted(count: u64, page: u64) -> String {
+    let size = if page == GIGANTIC_PAGE { "1 GiB" } else { "2 MiB" };
+    format!("{count} huge page{} of {size}", if count == 1 { "" } else { "s" })
 }
 
 impl fmt::Display for PoolShortage {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { page, needed, pool, source } = self;
-        let name = page_name(*page);
+        let wanted = counted(*needed, *page);
         let Some(Pool { total, available }) = *pool else {
             return write!(
                 f,
-                "this host has no huge pages of {name} ({source}): its processor or its kernel lacks them; use pages of \
+                "guest memory needs {wanted}, and this host has none of that size ({source}): its processor or its kernel lacks them; use pages of \
                  another size, or transparent ones"
             );
         };
@@ -108,13 +109,13 @@ impl fmt::Display for PoolShortage {
             let group = if *page == GIGANTIC_PAGE { "1GB" } else { "2MB" };
             return write!(
                 f,
-                "guest memory needs {needed} huge pages of {name}, of which {available} are free, but the kernel refused \
+                "guest memory needs {wanted}, of which {available} are free, but the kernel refused \
                  them: {source}; raise the control group's limit (hugetlb.{group}.max)"
             );
         }
         write!(
             f,
-            "guest memory needs {needed} huge pages of {name}, and of the {total} in the host's pool {available} are free; \
+            "guest memory needs {wanted}, and of the {total} in the host's pool {available} are free; \
              reserve more: echo {} | sudo tee {}",
             total + (needed - available),
             folder.join("nr_hugepages").display()
@@ -224,7 +225,10 @@ mod tests {
         );
         assert!(text.contains("hugepagesz=1G"), "{text}");
         assert!(shortage(LARGE_PAGE, Some(Pool { total: 9, available: 9 })).contains("hugetlb.2MB.max"));
-        assert!(shortage(GIGANTIC_PAGE, None).contains("no huge pages of 1 GiB"));
+        assert!(
+            shortage(GIGANTIC_PAGE, None)
+                .contains("8 huge pages of 1 GiB, and this host has none of that size")
+        );
     }
 
     #[test]

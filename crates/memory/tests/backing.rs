@@ -130,7 +130,7 @@ fn huge_pages() {
     let backing = Backing { pages: PageSize::Huge2M, wired: true };
     let Some(before) = Pool::of(LARGE_PAGE) else {
         let error = GuestMemory::with_backing(&regions(), backing).expect_err("there is no pool");
-        assert!(error.to_string().contains("no huge pages of 2 MiB"), "{error}");
+        assert!(error.to_string().contains("none of that size"), "{error}");
         eprintln!("skipped: {error}");
         return;
     };
@@ -237,7 +237,7 @@ fn a_host_without_gigantic_pages_says_so() {
             assert!(available < Some(1), "there are {available:?}: {error}");
             let known = Path::new("/sys/kernel/mm/hugepages/hugepages-1048576kB").exists();
             assert!(
-                error.to_string().contains(if known { "echo 1 " } else { "no huge pages of 1 GiB" }),
+                error.to_string().contains(if known { "echo 1 " } else { "none of that size" }),
                 "{error}"
             );
         }
