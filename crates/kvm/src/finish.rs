@@ -5,6 +5,7 @@
 //! (KVM_EXIT_INTERNAL_ERROR). The stepper executes that one instruction on the same state and memory, and KVM goes on.
 
 use kvm_ioctls::VcpuFd;
+use skep_hv::state::StateGroups;
 use skep_hv::step::{Step, Stepper};
 use skep_hv::{IoFlow, RunEnd, VcpuIo};
 
@@ -56,7 +57,8 @@ impl Finisher {
         }
         let stepper = self.stepper(shared).map_err(|why| fail("", &why))?;
         let mut groups = stepper.groups();
-        let read = |groups| state::get(vcpu, groups, &shared.shape);
+        // The events in any case: KVM may have put one there.
+        let read = |groups| state::get(vcpu, StateGroups { events: true, ..groups }, &shared.shape);
         let mut state = read(groups).map_err(|error| fail("", &error.to_string()))?;
         let fetched = stepper.fetch(&state);
         let bytes = fetched.bytes.iter().map(|byte| format!(" {byte:02x}")).collect::<String>();
@@ -70,6 +72,7 @@ impl Finisher {
         {
             events.exception = None;
         }
+        let events = state.events;
         let step = stepper.step(&mut state, io);
         let flow = match step {
             Step::Done | Step::Flushed => IoFlow::Continue,
@@ -77,6 +80,8 @@ impl Finisher {
             Step::TripleFault => return Err(RunEnd::TripleFault),
             Step::Failed(why) => return Err(fail(&why)),
         };
+        // What has not changed is not there; KVM's #UD is to go in any case.
+        state.events = state.events.or(events);
         state::set(vcpu, &state, &shared.shape).map_err(|error| fail(&error.to_string()))?;
         if step == Step::Flushed {
             state::flush_translations(vcpu).map_err(|error| fail(&error.to_string()))?;

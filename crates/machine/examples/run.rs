@@ -51,7 +51,13 @@ fn spec(mut args: std::env::Args) -> Option<(Value, bool)> {
             "--debug-exit" => spec["debugExit"] = true.into(),
             "--exit-on-reboot" => spec["onReboot"] = "exit".into(),
             "--stats" => stats = true,
-            "--accel" => spec["accel"] = args.next()?.into(),
+            "--accel" => {
+                let accel = args.next()?;
+                if accel != "software" {
+                    spec["engine"] = Value::Null;
+                }
+                spec["accel"] = accel.into();
+            }
             "--kernel" | "--initrd" | "--cmdline" => boot[&arg[2..]] = args.next()?.into(),
             "--module" => {
                 boot["modules"].as_array_mut()?.push(json!({ "path": args.next()?, "cmdline": "" }))
