@@ -1,4 +1,4 @@
-import { mkdtemp, rm, writeFile } from 'node:fs/promises'
+import { mkdtemp, readFile, rm, writeFile } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import fc from 'fast-check'
@@ -382,6 +382,11 @@ describe('what it resolves into', () => {
     expect(uuid('a')).toBe(uuid('a'))
     expect(uuid('a')).not.toBe(uuid('b'))
   })
+})
+
+test('the documentation has every model and feature of processors', async () => {
+  const page = await readFile(new URL('../../docs/cpu-models.md', import.meta.url), 'utf8')
+  for (const name of [...cpuModels, ...cpuFeatures]) expect(page).toContain(`\`${name}\``)
 })
 
 describe('processors on the command line', () => {

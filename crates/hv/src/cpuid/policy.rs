@@ -63,8 +63,11 @@ impl Default for PolicyOptions {
 const PHYSICAL_BITS: u32 = 46;
 /// Fewest that an x86-64 processor has, for tables that say nothing.
 const LEAST_PHYSICAL_BITS: u32 = 36;
-/// Family 6, model 85, stepping 7: where the host's is not shown.
+/// Family 6, model 85, stepping 7: shown with the model `host` where the host's cannot be.
 const SIGNATURE: u32 = 0x0005_0657;
+/// Family 6, model 106, stepping 6: shown with named models. Linux takes the returns of older ones for predictable and warns
+/// that only IBRS helps, which is not on every host; a host where that is so can say it in IA32_ARCH_CAPABILITIES (RSBA).
+const NAMED_SIGNATURE: u32 = 0x0006_06a6;
 /// Stepping, model, type, family and their extensions.
 const SIGNATURE_FIELDS: u32 = 0x0fff_3fff;
 const INTEL: CpuidLeaf = CpuidLeaf { eax: 0, ebx: 0x756e_6547, ecx: 0x6c65_746e, edx: 0x4965_6e69 };
@@ -122,7 +125,11 @@ pub fn policy(host: &CpuidTable, options: &PolicyOptions) -> Result<CpuidTable, 
     let last_basic = if maker == Maker::Intel { LAST_BASIC } else { LAST_BASIC_AMD };
     set(0, 0, [last_basic, vendor.ebx, vendor.ecx, vendor.edx]);
     // CLFLUSH line of 64 bytes, logical processors in the package; the APIC ID is filled in for each processor.
-    let signature = if own { host_leaf(1, 0).eax & SIGNATURE_FIELDS } else { SIGNATURE };
+    let signature = match options.model {
+        Model::Host if own => host_leaf(1, 0).eax & SIGNATURE_FIELDS,
+        Model::Host => SIGNATURE,
+        _ => NAMED_SIGNATURE,
+    };
     let several = topology.in_package > 1;
     let logical = topology.package_ids().min(255);
     let basic = set(1, 0, [signature, 8 << 8 | logical << 16, 0, if several { HTT } else { 0 }]);

@@ -297,6 +297,14 @@ fn a_named_model_is_the_same_on_every_host_that_has_it() {
             host.set(0x8000_0008, 0, CpuidLeaf { eax: bits, ..host.get(0x8000_0008, 0).unwrap() });
             let table = policy(&host, &options).unwrap();
             assert_eq!(table, *first.get_or_insert(table.clone()), "{model}");
+            // Family 6, model 106, stepping 6, of Intel, by the model's name.
+            assert_eq!((table.get(0, 0).unwrap().ebx, table.get(1, 0).unwrap().eax), (INTEL.ebx, 0x606a6));
+            let brand = (0x8000_0002..=0x8000_0004).flat_map(|function| {
+                let leaf = table.get(function, 0).unwrap();
+                [leaf.eax, leaf.ebx, leaf.ecx, leaf.edx].map(u32::to_le_bytes).concat()
+            });
+            let brand = String::from_utf8(brand.take_while(|&byte| byte != 0).collect()).unwrap();
+            assert_eq!(brand, format!("Skep {model} processor"));
             if *model != Model::X86_64V4 {
                 let software = PolicyOptions { provider: Provider::Software, ..options.clone() };
                 assert_eq!(policy(&host, &software).unwrap(), table, "{model} of the software CPU");
