@@ -102,9 +102,22 @@ describe('an end', () => {
 })
 
 describe('the guest finds', () => {
+  test('real mode right', async () => {
+    const { exit, output } = await boot({ boot: { rom: await testKernel('real-mode.rom') } })
+    expect(output.match(/^FAIL .*$/gm) ?? []).toEqual([])
+    expect(output).toContain('skep: passed')
+    expect(exit).toMatchObject({ reason: 'debug-exit', status: PASSED })
+  })
+
   test.each([
+    ['emulation', 1],
     ['exceptions', 1],
     ['interrupts', 1],
+    ['ipi-storm', 1],
+    ['ipi-storm', 2],
+    ['ipi-storm', 4],
+    ['lines', 1],
+    ['lines', 2],
     ['self-modifying', 1],
     ['processors', 2],
     ['processors', 4],

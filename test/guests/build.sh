@@ -27,10 +27,10 @@ assemble() { # source, object, options
 
 link() { # script, entry, guest, output
     ld -z noexecstack -z max-page-size=4096 -T "$1" -o "$4" \
-        "$objects/$2.o" "$objects/long.o" "$objects/report.o" "$objects/traps.o" "$objects/$3.o"
+        "$objects/$2.o" "$objects/long.o" "$objects/report.o" "$objects/traps.o" "$objects/smp.o" "$objects/$3.o"
 }
 
-for part in long report traps; do
+for part in long report traps smp; do
     assemble "lib/$part.s" "$part" "$@"
 done
 for entry in multiboot pvh rom; do
@@ -48,8 +48,13 @@ link image.ld entry-pvh hello "$out/hello-pvh.elf"
 link rom.ld entry-rom hello "$objects/rom.elf"
 objcopy -O binary -j .text -j .reset --gap-fill 0xff --pad-to 0x100000 "$objects/rom.elf" "$out/hello.rom"
 
+assemble real-mode.s real-mode "$@"
+ld -z noexecstack -T rom.ld -o "$objects/rom.elf" "$objects/real-mode.o"
+objcopy -O binary -j .text -j .reset --gap-fill 0xff --pad-to 0x100000 "$objects/rom.elf" "$out/real-mode.rom"
+
 # The others by multiboot.
-for guest in devices exceptions halt interrupts power-off processors reset-cf9 reset-keyboard self-modifying triple-fault; do
+for guest in devices emulation exceptions halt interrupts ipi-storm lines power-off processors reset-cf9 reset-keyboard \
+    self-modifying triple-fault; do
     assemble "$guest.s" "$guest" "$@"
     link image.ld entry-multiboot "$guest" "$objects/$guest.elf"
     objcopy -O elf32-i386 "$objects/$guest.elf" "$out/$guest.elf"

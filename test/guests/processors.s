@@ -2,39 +2,24 @@
 # line names the number of processors: cpus=N, 2 if it does not.
         .include "macros.inc"
 
-        .set    TRAMPOLINE, 0x8000      # start-up vector 8
         .set    ROUNDS, 100000
 
         .code64
         .section .text
         .global main
-main:   call    read_count
-        print   "skep: "
-        mov     cpus(%rip), %edi
+main:   print   "skep: "
+        call    read_count
         call    print_number
         print   " processors\n"
-        apic_write APIC_SPURIOUS, 0x1ff
-        outb    0xff, PIC_MASTER + 1    # only IPIs are wanted
-        outb    0xff, PIC_SLAVE + 1
-        mov     $trampoline, %esi
-        mov     $TRAMPOLINE, %edi
-        mov     $trampoline_end - trampoline, %ecx
-        rep     movsb
 
 # 1: all others start after INIT and two start-up IPIs, of which the second does nothing.
-        apic_write APIC_ICR_LOW, 0xc4500
-        call    ipi_sent
-        call    pause_a_while
-        apic_write APIC_ICR_LOW, 0xc4600 | TRAMPOLINE >> 12
-        call    ipi_sent
-        call    pause_a_while
-        apic_write APIC_ICR_LOW, 0xc4600 | TRAMPOLINE >> 12
-        call    ipi_sent
-        mov     $started, %edi
-        call    wait_for_others
+        mov     $other, %edi
+        call    start_others
         expect  e, 1
 
 # 2: they have IDs of their own.
+        mov     $known, %edi
+        call    wait_for_others
         mov     LAPIC + APIC_ID, %eax
         shr     $24, %eax
         lock    bts %eax, ids(%rip)
@@ -91,28 +76,6 @@ main:   call    read_count
         expect  e, 8
         ret
 
-# EDI: a counter that each other processor raises; waits for all, and compares.
-wait_for_others:
-        mov     cpus(%rip), %eax
-        dec     %eax
-1:      pause
-        cmp     %eax, (%rdi)
-        jb      1b
-        cmp     %eax, (%rdi)
-        ret
-
-ipi_sent:
-        testl   $1 << 12, LAPIC + APIC_ICR_LOW
-        jnz     ipi_sent
-        ret
-
-# Some milliseconds by port reads, each of which takes about a microsecond on hardware.
-pause_a_while:
-        mov     $10000, %ecx
-1:      in      $0x61, %al
-        loop    1b
-        ret
-
 # What all processors do at once.
 contend:
         mov     $ROUNDS, %ecx
@@ -137,20 +100,11 @@ contend:
         loop    1b
         ret
 
-# What the others do, stage by stage. Each has its own stack.
-        .code64
-other:  mov     $1, %eax
-        lock    xadd %eax, stacks(%rip)
-        inc     %eax
-        shl     $12, %eax
-        lea     other_stacks(%rip), %rsp
-        add     %rax, %rsp
-        call    traps_load
-        apic_write APIC_SPURIOUS, 0x1ff
-        mov     LAPIC + APIC_ID, %eax
+# What the others do, stage by stage.
+other:  mov     LAPIC + APIC_ID, %eax
         shr     $24, %eax
         lock    bts %eax, ids(%rip)
-        lock    incl started(%rip)
+        lock    incl known(%rip)
 
         mov     $1, %edi
         call    wait_stage
@@ -208,65 +162,12 @@ on_answer:
         apic_write APIC_EOI, 0
         iretq
 
-# Looks for cpus=N.
-read_count:
-        movl    $2, cpus(%rip)
-        mov     command_line(%rip), %rsi
-        test    %rsi, %rsi
-        jz      3f
-1:      mov     (%rsi), %eax
-        test    %al, %al
-        jz      3f
-        inc     %rsi
-        cmp     $0x73757063, %eax       # "cpus"
-        jne     1b
-        add     $4, %rsi
-        xor     %edi, %edi
-2:      movzbl  (%rsi), %eax
-        sub     $'0', %eax
-        cmp     $9, %eax
-        ja      4f
-        imul    $10, %edi, %edi
-        add     %eax, %edi
-        inc     %rsi
-        jmp     2b
-4:      mov     %edi, cpus(%rip)
-3:      ret
-
-# Real mode at TRAMPOLINE, to protected mode with the tables of the boot processor.
-        .code16
-trampoline:
-        cli
-        cld
-        xor     %ax, %ax
-        mov     %ax, %ds
-        lgdtl   trampoline_gdt - trampoline + TRAMPOLINE
-        mov     %cr0, %eax
-        or      $CR0_PE, %eax
-        mov     %eax, %cr0
-        ljmpl   $CODE32, $1f
-trampoline_gdt:
-        .word   GDT_SIZE - 1
-        .long   gdt
-trampoline_end:
-
-        .code32
-1:      mov     $DATA, %eax
-        mov     %eax, %ds
-        mov     %eax, %es
-        mov     %eax, %ss
-        mov     $other, %edi
-        jmp     enter_long
-
         .section .bss
         .balign 16
 wide:   .skip   16
 ids:    .skip   8
-cpus:   .skip   4
-started:
-        .skip   4
+known:  .skip   4
 stage:  .skip   4
-stacks: .skip   4
 additions:
         .skip   4
 guard:  .skip   4
@@ -283,6 +184,3 @@ answers:
 spinning:
         .skip   4
 seen:   .skip   4
-        .balign 4096
-other_stacks:
-        .skip   64 * 0x1000

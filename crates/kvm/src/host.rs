@@ -79,6 +79,11 @@ impl Hypervisor for Kvm {
             let leaf = CpuidLeaf { eax: entry.eax, ebx: entry.ebx, ecx: entry.ecx, edx: entry.edx };
             table.set(entry.function, entry.index, leaf);
         }
+        // The brand string is not KVM's to say.
+        let own = skep_hv::cpuid::host();
+        for function in 0x8000_0002..=0x8000_0004 {
+            table.set(function, 0, own.get(function, 0).unwrap_or_default());
+        }
         // This one has a capability of its own.
         if let Some(mut leaf) = table.get(1, 0) {
             let deadline = 1 << 24;

@@ -9,6 +9,7 @@ use crate::error::Moved;
 pub(crate) const IA32_TSC: u32 = 0x10;
 const IA32_APIC_BASE: u32 = 0x1b;
 const IA32_TSC_ADJUST: u32 = 0x3b;
+pub(crate) const IA32_ARCH_CAPABILITIES: u32 = 0x10a;
 const IA32_TSC_DEADLINE: u32 = 0x6e0;
 pub(crate) const IA32_MISC_ENABLE: u32 = 0x1a0;
 /// IA32_MISC_ENABLE: what firmware switches on, and KVM leaves to firmware.

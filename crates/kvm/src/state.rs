@@ -2,6 +2,7 @@
 
 use kvm_bindings::*;
 use kvm_ioctls::VcpuFd;
+use skep_hv::cpuid::CpuidTable;
 use skep_hv::state::{
     Activity, Apic, CpuState, Debug, DescriptorTable, Events, Fpu, General, PendingException, Segment,
     StateError, StateGroups, System,
@@ -318,15 +319,16 @@ pub(crate) struct PowerOn {
 
 impl PowerOn {
     /// Remembers the state of a vCPU that has not run.
-    pub(crate) fn of(vcpu: &VcpuFd, signature: u32, shape: &Shape) -> Result<Self, StateError> {
+    pub(crate) fn of(vcpu: &VcpuFd, cpuid: &CpuidTable, shape: &Shape) -> Result<Self, StateError> {
         let mut regs = vcpu.get_regs().moved("KVM_GET_REGS")?;
         // Family, model and stepping (SDM vol. 3A table 11-1).
-        regs.rdx = signature.into();
+        regs.rdx = cpuid.get(1, 0).unwrap_or_default().eax.into();
         let mut msrs = msrs::read(vcpu, &shape.msrs)?;
         for (index, value) in &mut msrs {
             match *index {
                 msrs::IA32_TSC => *value = 0,
                 msrs::IA32_MISC_ENABLE => *value |= msrs::FAST_STRINGS,
+                msrs::IA32_ARCH_CAPABILITIES => *value = cpuid.arch_capabilities(*value),
                 _ => {}
             }
         }

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
 use kvm_ioctls::VcpuFd;
-use skep_hv::cpuid::{CpuidTable, Processor};
+use skep_hv::cpuid::CpuidTable;
 use skep_hv::state::{CpuState, StateError, StateGroups};
 use skep_hv::{HvError, IoFlow, Kick, RunEnd, Vcpu, VcpuIo, VcpuStats};
 
@@ -64,8 +64,7 @@ impl KvmVcpu {
             fd.set_tsc_khz(khz).tried("KVM_SET_TSC_KHZ")?;
         }
         shared.dirty.add(&fd).map_err(|source| HvError::Os { what: "map the dirty ring", source })?;
-        let signature = cpuid.get(1, 0).unwrap_or_default().eax;
-        let power_on = PowerOn::of(&fd, signature, &shared.shape)
+        let power_on = PowerOn::of(&fd, cpuid, &shared.shape)
             .map_err(|error| HvError::Invalid(format!("vCPU {id}: {error}")))?;
         // Counters are a convenience: without them the machine runs as well.
         let statistics = shared.capabilities.statistics.then(|| Statistics::open(&fd).ok()).flatten();
@@ -324,7 +323,7 @@ impl Vcpu for KvmVcpu {
 /// The table as the kernel takes it, for the processor with this APIC ID. The kernel itself fills in what changes while the
 /// guest runs (OSXSAVE, the XSAVE area's size).
 fn entries(table: &CpuidTable, apic_id: u32) -> Result<CpuId, HvError> {
-    let processor = Processor { apic_id, osxsave: false, xcr0: 1 };
+    let table = table.on_processor(apic_id);
     let indexed = |function: u32| {
         matches!(
             function,
@@ -333,18 +332,15 @@ fn entries(table: &CpuidTable, apic_id: u32) -> Result<CpuId, HvError> {
     };
     let entries: Vec<_> = table
         .iter()
-        .map(|(function, index, _)| {
-            let leaf = table.lookup(function, index, &processor);
-            kvm_cpuid_entry2 {
-                function,
-                index,
-                flags: if indexed(function) { KVM_CPUID_FLAG_SIGNIFCANT_INDEX } else { 0 },
-                eax: leaf.eax,
-                ebx: leaf.ebx,
-                ecx: leaf.ecx,
-                edx: leaf.edx,
-                ..Default::default()
-            }
+        .map(|(function, index, leaf)| kvm_cpuid_entry2 {
+            function,
+            index,
+            flags: if indexed(function) { KVM_CPUID_FLAG_SIGNIFCANT_INDEX } else { 0 },
+            eax: leaf.eax,
+            ebx: leaf.ebx,
+            ecx: leaf.ecx,
+            edx: leaf.edx,
+            ..Default::default()
         })
         .collect();
     CpuId::from_entries(&entries)

@@ -34,6 +34,7 @@ pub(crate) fn cpuid(spec: &MachineSpec, host: &CpuidTable, tsc_hz: u64) -> Resul
         cores: spec.cpus.cores,
         threads: spec.cpus.threads,
         tsc_hz,
+        hlt_exits: spec.exits.hlt,
         // What the chipset's local APICs count at.
         apic_hz: 1_000_000_000,
         ..PolicyOptions::default()

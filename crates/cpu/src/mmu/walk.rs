@@ -168,7 +168,7 @@ impl Cpu {
         let rights = self.pkru >> (2 * (leaf >> 59 & 0xf));
         let (no_access, no_write) = (rights & 1 != 0, rights & 2 != 0);
         let guarded = user || self.cr0 & cr0::WP != 0;
-        !no_access && !(access == Access::Write && no_write && guarded)
+        !(no_access || access == Access::Write && no_write && guarded)
     }
 
     /// Where the walk begins, and how its entries look.

@@ -154,10 +154,9 @@ impl InterpreterStepper {
                 });
                 deliver_trap(cpu);
             }
-            match std::mem::replace(&mut cpu.raised, Raised::None) {
-                Raised::Failed(why) => return Err(format!("{why}, at {:#x}", cpu.rip)),
-                // Everything else has been delivered.
-                _ => {}
+            // Everything else has been delivered.
+            if let Raised::Failed(why) = std::mem::replace(&mut cpu.raised, Raised::None) {
+                return Err(format!("{why}, at {:#x}", cpu.rip));
             }
             flushes &= cpu.stats.exceptions == exceptions;
             Ok(())
@@ -225,11 +224,9 @@ fn store(
     let pending = state.events.unwrap_or_default().nmi_pending;
     let events = now.events.map(|events| Events { nmi_pending: pending, ..events });
     let kernel_gs = cpu.msrs.kernel_gs_base;
-    let swapped = |&(msr, value): &(u32, u64)| msr == index::KERNEL_GS_BASE && value != kernel_gs;
-    state.msrs = match state.msrs.iter().flatten().find(|msr| swapped(msr)) {
-        Some(_) => Some(vec![(index::KERNEL_GS_BASE, kernel_gs)]),
-        None => None,
-    };
+    let mut msrs = state.msrs.iter().flatten();
+    let swapped = msrs.any(|&(msr, value)| msr == index::KERNEL_GS_BASE && value != kernel_gs);
+    state.msrs = swapped.then(|| vec![(index::KERNEL_GS_BASE, kernel_gs)]);
     state.general = now.general;
     state.system = system.filter(|system| *system != before);
     state.debug = now.debug.filter(|debug| state.debug.is_some_and(|before| *debug != before));
