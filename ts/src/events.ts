@@ -59,6 +59,24 @@ export interface SerialErrorEvent {
   message: string
 }
 
+/**
+ * KVM could not execute an instruction, and the software CPU's interpreter has. Told for the first 16 of a processor, and
+ * then when their number is a power of two.
+ */
+export interface EmulatedEvent {
+  type: 'emulated'
+  /** Number of the processor. */
+  vcpu: number
+  /** Linear address of the instruction, such as `0xffffffff81000000`. */
+  rip: string
+  /** Its bytes in hexadecimal, and those behind it, up to 15. */
+  bytes: string
+  /** How many such instructions of this processor there have been by now. */
+  count: number
+  /** Milliseconds since 1970 on the host's clock. */
+  time: number
+}
+
 /** Whoever reads the events was too slow, and the oldest were dropped. */
 export interface LostEvent {
   type: 'lost'
@@ -67,7 +85,7 @@ export interface LostEvent {
 }
 
 /** What {@link Vm.events} yields; tell them apart by `type`. */
-export type VmEvent = StateEvent | ResetEvent | ExitEvent | SerialErrorEvent | LostEvent
+export type VmEvent = StateEvent | ResetEvent | ExitEvent | SerialErrorEvent | EmulatedEvent | LostEvent
 
 /** The listeners of `vm.on`. */
 export interface VmEventMap {
@@ -79,6 +97,8 @@ export interface VmEventMap {
   exit: [ExitEvent]
   /** The file behind a serial port failed. */
   'serial-error': [SerialErrorEvent]
+  /** The software CPU has executed an instruction for KVM. */
+  emulated: [EmulatedEvent]
 }
 
 /** An event on its way through the seam: what the API shows, and what only the API itself needs. */

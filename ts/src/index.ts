@@ -53,6 +53,7 @@ export {
   StateError,
 } from './errors.js'
 export type {
+  EmulatedEvent,
   ExitEvent,
   ExitReason,
   LostEvent,

@@ -369,6 +369,10 @@ export class Vm extends EventEmitter<VmEventMap> implements AsyncDisposable {
         this.#tell(event)
         this.emit('serial-error', event)
         return
+      case 'emulated':
+        this.#tell(event)
+        this.emit('emulated', event)
+        return
     }
   }
 

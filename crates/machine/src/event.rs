@@ -140,8 +140,8 @@ pub enum Event {
     Emulated {
         /// The vCPU.
         vcpu: u32,
-        /// Linear address of the instruction.
-        rip: u64,
+        /// Linear address of the instruction, in hexadecimal: JSON's numbers do not hold it.
+        rip: String,
         /// Its bytes in hexadecimal, as far as they are known.
         bytes: String,
         /// How many instructions of this vCPU that were by now.

@@ -158,6 +158,7 @@ impl Owner {
             Report::Parked => {}
             Report::Emulated { rip, bytes, count } => {
                 let bytes = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+                let rip = format!("{rip:#x}");
                 self.tell(|time| Event::Emulated { vcpu, rip, bytes, count, time });
             }
             Report::Halted => {
