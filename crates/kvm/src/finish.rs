@@ -5,7 +5,7 @@
 //! (KVM_EXIT_INTERNAL_ERROR). The stepper executes that one instruction on the same state and memory, and KVM goes on.
 
 use kvm_ioctls::VcpuFd;
-use skep_hv::state::StateGroups;
+use skep_hv::state::{StateGroups, System};
 use skep_hv::step::{Step, Stepper};
 use skep_hv::{IoFlow, RunEnd, VcpuIo};
 
@@ -73,6 +73,7 @@ impl Finisher {
             events.exception = None;
         }
         let events = state.events;
+        let foreign = state.system.as_mut().map_or(0, |system| hide_foreign(system, shared));
         let step = stepper.step(&mut state, io);
         let flow = match step {
             Step::Done | Step::Flushed => IoFlow::Continue,
@@ -82,6 +83,9 @@ impl Finisher {
         };
         // What has not changed is not there; KVM's #UD is to go in any case.
         state.events = state.events.or(events);
+        if let Some(system) = &mut state.system {
+            system.cr4 |= foreign;
+        }
         state::set(vcpu, &state, &shared.shape).map_err(|error| fail(&error.to_string()))?;
         if step == Step::Flushed {
             state::flush_translations(vcpu).map_err(|error| fail(&error.to_string()))?;
@@ -89,4 +93,14 @@ impl Finisher {
         io.emulated(fetched.rip, &fetched.bytes);
         Ok(flow)
     }
+}
+
+/// Takes out of CR4 what the guest's CPUID does not announce: a paravirtual KVM shows FSGSBASE there, which is its own. The
+/// bits that were taken out.
+fn hide_foreign(system: &mut System, shared: &Shared) -> u64 {
+    const FSGSBASE: u64 = 1 << 16;
+    let announced = shared.options.cpuid.get(7, 0).unwrap_or_default().ebx & 1 != 0;
+    let foreign = if announced { 0 } else { system.cr4 & FSGSBASE };
+    system.cr4 &= !foreign;
+    foreign
 }

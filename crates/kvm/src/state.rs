@@ -18,6 +18,8 @@ const APIC_REGISTERS: usize = 64;
 pub(crate) struct Shape {
     /// Bytes of the XSAVE area that the guest's CPUID announces.
     pub(crate) xsave_size: usize,
+    /// The state components that it announces.
+    pub(crate) xcr0: u64,
     /// The registers of the `msrs` group.
     pub(crate) msrs: Vec<u32>,
 }
@@ -78,7 +80,9 @@ pub(crate) fn set(vcpu: &VcpuFd, state: &CpuState, shape: &Shape) -> Result<(), 
     if let Some(fpu) = &state.fpu {
         let mut area = kvm_xsave::default();
         let most = shape.xsave_size.min(area.region.len() * 4);
-        if fpu.xsave.len() > most || !fpu.xsave.len().is_multiple_of(4) {
+        // An area may be longer, if what is behind this processor's is in its initial state.
+        let (used, rest) = fpu.xsave.split_at(fpu.xsave.len().min(most));
+        if rest.iter().any(|&byte| byte != 0) {
             let (field, value) = ("fpu.xsave", fpu.xsave.len() as u64);
             return Err(StateError::Value {
                 field,
@@ -86,9 +90,12 @@ pub(crate) fn set(vcpu: &VcpuFd, state: &CpuState, shape: &Shape) -> Result<(), 
                 why: "it is larger than this processor's XSAVE area",
             });
         }
-        for (word, bytes) in area.region.iter_mut().zip(fpu.xsave.as_chunks::<4>().0) {
+        for (word, bytes) in area.region.iter_mut().zip(used.as_chunks::<4>().0) {
             *word = u32::from_le_bytes(*bytes);
         }
+        // XSTATE_BV (SDM vol. 1 §13.4.2).
+        area.region[128] &= shape.xcr0 as u32;
+        area.region[129] &= (shape.xcr0 >> 32) as u32;
         set_xsave(vcpu, &area).map_err(|error| refused("fpu.xsave", 0, &error))?;
     }
     if let Some(apic) = &state.apic {
@@ -138,6 +145,12 @@ pub(crate) fn set(vcpu: &VcpuFd, state: &CpuState, shape: &Shape) -> Result<(), 
         vcpu.set_mp_state(kvm_mp_state { mp_state }).moved("KVM_SET_MP_STATE")?;
     }
     Ok(())
+}
+
+/// Whether the guest ends level-triggered interrupts at the IOAPIC itself: bit 12 of the spurious-interrupt vector register.
+pub(crate) fn suppresses_eoi_broadcast(vcpu: &VcpuFd) -> bool {
+    const SPURIOUS: usize = 0xf0;
+    vcpu.get_lapic().is_ok_and(|page| page.regs[SPURIOUS + 1] & 1 << 4 != 0)
 }
 
 /// Makes the processor forget what it remembers of the guest's page tables. There is no request for that; a change of CR4.PGE

@@ -140,7 +140,10 @@ impl KvmVcpu {
                 Next::Go
             }
             Exit::EndOfInterrupt(vector) => {
-                io.end_of_interrupt(vector);
+                // Kernels tell this whether or not the guest has suppressed the broadcast (SDM vol. 3A §11.8.5).
+                if !state::suppresses_eoi_broadcast(&self.fd) {
+                    io.end_of_interrupt(vector);
+                }
                 Next::Go
             }
             Exit::DirtyRingFull => match self.shared.dirty.harvest() {

@@ -103,14 +103,16 @@ impl KvmVm {
 
         let host_khz = crate::host::tsc_khz(&fd);
         let tsc_hz = options.tsc_hz.unwrap_or(host_khz * 1000);
-        let xsave = options.cpuid.get(0xd, 0).map_or(576, |leaf| leaf.ecx.clamp(576, 4096));
+        let (xsave, xcr0) = options.cpuid.get(0xd, 0).map_or((576, 3), |leaf| {
+            (leaf.ecx.clamp(576, 4096), u64::from(leaf.edx) << 32 | u64::from(leaf.eax))
+        });
         let msrs = crate::msrs::candidates(kvm).tried("KVM_GET_MSR_INDEX_LIST")?;
         let shared = Shared {
             dirty: DirtyLog::new(fd.clone(), memory.clone(), entries),
             apics: Arc::new(Apics::new(fd.clone())),
             kickers: (0..options.vcpus).map(|_| Arc::new(Kicker::new())).collect(),
             still: (0..options.vcpus).map(|_| AtomicBool::new(false)).collect(),
-            shape: Shape { xsave_size: xsave as usize, msrs },
+            shape: Shape { xsave_size: xsave as usize, xcr0, msrs },
             memory,
             options,
             capabilities,
