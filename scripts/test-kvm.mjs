@@ -21,10 +21,10 @@ const PARTS = ['cargo', 'boot']
 /** The crate that is all about KVM, and those of whose tests the ones with `kvm` in their names are. */
 const CRATES = { 'skep-kvm': [], 'skep-machine': ['kvm'] }
 /** Guests of up to 2 GiB run in it, and what tests write is in memory. */
-const L1 = { cpus: 2, memory: '5G' }
+const L1 = { memory: '5G' }
 /** Bad input is refused before a processor runs, and 50 starts of the command take 5 minutes in L1. */
 const WITHOUT_GUESTS = ['--exclude', 'test/boot/refusals.test.ts']
-/** For all of it, in minutes: several times what it takes on two processors. */
+/** For all of it, in minutes: twice what it takes. */
 const TIMEOUT = '45'
 
 /** Builds the test programs; how each is run. */
