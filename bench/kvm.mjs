@@ -24,7 +24,7 @@ const LOGS = ['quiet', 'full']
 const MARKER = '<init>'
 const BOOT_TIMEOUT = 180_000
 const TIMEOUT = 7_200_000
-const L1 = { cpus: 2, memory: '3G' }
+const L1 = { cpus: 1, memory: '3G' }
 const MIB = 1 << 20
 
 const whole = (text, name) => {

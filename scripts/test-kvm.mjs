@@ -21,10 +21,10 @@ const PARTS = ['cargo', 'boot']
 /** The crate that is all about KVM, and those of whose tests the ones with `kvm` in their names are. */
 const CRATES = { 'skep-kvm': [], 'skep-machine': ['kvm'] }
 /** Guests of up to 2 GiB run in it, and what tests write is in memory. */
-const L1 = { cpus: 2, memory: '5G' }
+const L1 = { memory: '5G' }
 /** Bad input is refused before a processor runs, and 50 starts of the command take 5 minutes in L1. */
 const WITHOUT_GUESTS = ['--exclude', 'test/boot/refusals.test.ts']
-/** For all of it, in minutes: several times what it takes on two processors. */
+/** For all of it, in minutes: twice what it takes. */
 const TIMEOUT = '45'
 
 /** Builds the test programs; how each is run. */
@@ -103,37 +103,50 @@ async function bootPart() {
   }
 }
 
+/** Shows the lines of a part as they come, keeps them in a file, and adds up what they tell. */
+async function follow({ title, log, milestone, onLine, finish }, ended, listen) {
+  mkdirSync(logs, { recursive: true })
+  const file = createWriteStream(join(logs, `${log}.log`))
+  let totals
+  await step(title, async (step) => {
+    listen((line) => {
+      file.write(`${line}\n`)
+      onLine?.(line)
+      step.note(line, { milestone: milestone(plain(line)) })
+    })
+    totals = finish(await ended)
+    return `${totals}`
+  }).finally(() => file.end())
+  return totals
+}
+
 /** Runs the script of all parts by `start`, which tells its lines, and each part as a step of its own. */
 async function runParts(parts, start) {
   const marks = markers(parts.map(({ commands }) => commands.length))
-  let current
+  let listener
   const running = start(script(parts.flatMap(({ commands }) => commands)), (line) => {
-    if (!marks.take(line)) current?.(line)
+    if (!marks.take(line)) listener?.(line)
   })
   const early = running.then((status) => {
     throw new Failure(`the tests ended before their end, with status ${status}`)
   })
   early.catch(() => {})
   const totals = new Totals()
-  for (const [index, { title, log, milestone, onLine, finish }] of parts.entries()) {
-    await step(title, async (step) => {
-      mkdirSync(logs, { recursive: true })
-      const file = createWriteStream(join(logs, `${log}.log`))
-      current = (line) => {
-        file.write(`${line}\n`)
-        onLine?.(line)
-        step.note(line, { milestone: milestone(plain(line)) })
+  try {
+    for (const [index, part] of parts.entries()) {
+      const ended = Promise.race([marks.ended(index), early])
+      const listen = (onLine) => {
+        listener = onLine
       }
-      try {
-        const part = finish(await Promise.race([marks.ended(index), early]))
-        totals.add(part)
-        return `${part}`
-      } finally {
-        file.end()
-      }
-    })
+      totals.add(await follow(part, ended, listen))
+    }
+    await running
+  } catch (error) {
+    if (!(error instanceof Failure)) throw error
+    // What had passed until then still counts.
+    process.stderr.write(`\n${error.message}\n`)
+    totals.add({ failed: 1 })
   }
-  await running
   return totals
 }
 
@@ -149,8 +162,8 @@ await main(async () => {
   if (!(timeout > 0)) throw new Failure(`--timeout ${values.timeout}: a number of minutes is wanted`, 2)
   const wanted = (part) => chosen.length === 0 || chosen.includes(part)
 
-  const here = hardwareKvm()
-  const direct = here.usable && !values.l1
+  const { usable, reason } = hardwareKvm()
+  const direct = usable && !values.l1
   if (!direct) await checkL1()
   await checkTools({ guests: wanted('boot') || !direct, tests: true })
   await build()
@@ -159,9 +172,11 @@ await main(async () => {
   if (wanted('boot')) parts.push(await bootPart())
   if (!direct) await prepareL1()
 
-  process.stderr.write(`${here.reason}: ${direct ? 'testing on this machine' : 'testing in L1'}\n`)
+  process.stderr.write(`${reason}: ${direct ? 'testing on this machine' : 'testing in L1'}\n`)
   const totals = await runParts(parts, (text, onLine) => {
-    if (direct) return run('sh', ['-c', text], { allowFailure: true, onLine, signal: AbortSignal.timeout(timeout) })
+    // timeout(1) ends all that the shell has started.
+    const here = ['--kill-after=10', `${timeout / 1000}`, 'sh', '-c', text]
+    if (direct) return run('timeout', here, { allowFailure: true, onLine })
     const onStdout = lines(onLine)
     return runInL1(['sh', '-c', text], { ...L1, timeout, writable: [state], onStdout, onStderr: onStdout })
   })
