@@ -37,7 +37,8 @@ pub(crate) fn get(vcpu: &VcpuFd, groups: StateGroups, shape: &Shape) -> Result<C
         state.system = Some(system(&sregs, xcr0.map_or(1, |xcr| xcr.value)));
     }
     if groups.fpu {
-        let area = vcpu.get_xsave().moved("KVM_GET_XSAVE")?;
+        let mut area = vcpu.get_xsave().moved("KVM_GET_XSAVE")?;
+        hide_components(&mut area, shape);
         let mut xsave: Vec<u8> = area.region.iter().flat_map(|word| word.to_le_bytes()).collect();
         xsave.truncate(shape.xsave_size);
         state.fpu = Some(Fpu { xsave });
@@ -93,9 +94,7 @@ pub(crate) fn set(vcpu: &VcpuFd, state: &CpuState, shape: &Shape) -> Result<(), 
         for (word, bytes) in area.region.iter_mut().zip(used.as_chunks::<4>().0) {
             *word = u32::from_le_bytes(*bytes);
         }
-        // XSTATE_BV (SDM vol. 1 §13.4.2).
-        area.region[128] &= shape.xcr0 as u32;
-        area.region[129] &= (shape.xcr0 >> 32) as u32;
+        hide_components(&mut area, shape);
         set_xsave(vcpu, &area).map_err(|error| refused("fpu.xsave", 0, &error))?;
     }
     if let Some(apic) = &state.apic {
@@ -163,6 +162,12 @@ pub(crate) fn flush_translations(vcpu: &VcpuFd) -> Result<(), StateError> {
         vcpu.set_sregs(&sregs).moved("KVM_SET_SREGS")?;
     }
     Ok(())
+}
+
+/// Takes the components that the guest's CPUID does not announce out of XSTATE_BV (SDM vol. 1 §13.4.2).
+fn hide_components(area: &mut kvm_xsave, shape: &Shape) {
+    area.region[128] &= shape.xcr0 as u32;
+    area.region[129] &= (shape.xcr0 >> 32) as u32;
 }
 
 /// A group that KVM refuses as a whole; it does not say which value of it.

@@ -149,9 +149,7 @@ impl KvmVm {
     /// What a doorbell is to the kernel; `None` if it cannot be one.
     fn io_event(&self, doorbell: Doorbell, event: &dyn Signal) -> Option<kvm_ioeventfd> {
         use std::os::fd::AsRawFd;
-        if doorbell.value.is_some() && doorbell.width == 0
-            || doorbell.width == 0 && !self.shared.capabilities.any_length
-        {
+        if doorbell.width == 0 && (doorbell.value.is_some() || !self.shared.capabilities.any_length) {
             return None;
         }
         let (addr, space) = match doorbell.address {

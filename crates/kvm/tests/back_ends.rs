@@ -24,7 +24,7 @@ fn state_is_read_as_it_was_written() {
         general.gpr = std::array::from_fn(|n| 0x0123_4567_89ab_cdef_u64.rotate_left(n as u32 * 4));
         general.rflags = 0x8d7;
         let system = state.system.as_mut().unwrap();
-        (system.cr2, system.cr8) = (0xdead_beef_000, 0);
+        (system.cr2, system.cr8) = (0x0dea_dbee_f000, 0);
         system.segments[4].base = 0x1234_5678_9000;
         let debug = skep_hv::state::Debug { address: [1, 2, 3, 4], dr6: 0xffff_0ff0, dr7: 0x400 };
         state.debug = Some(debug);
