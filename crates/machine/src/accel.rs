@@ -37,7 +37,6 @@ pub(crate) fn cpuid(spec: &MachineSpec, host: &CpuidTable, tsc_hz: u64) -> Resul
         hlt_exits: spec.exits.hlt,
         // What the chipset's local APICs count at.
         apic_hz: 1_000_000_000,
-        ..PolicyOptions::default()
     };
     Ok(policy(host, &options)?)
 }

@@ -203,7 +203,6 @@ impl Machine {
             tsc_hz: Some(tsc_hz),
             stepper: Some(Arc::new(Interpreter)),
             exits: spec.exits.into(),
-            ..VmOptions::default()
         };
         let vm = hypervisor.create_vm(memory.clone(), options)?;
         let timer = Arc::new(Timer::default());
