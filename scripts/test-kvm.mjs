@@ -1,5 +1,6 @@
 // npm run test:kvm: the tests that need a real KVM, on this machine's own if its processor has VT-x or SVM, else in L1 (a host
-// that QEMU emulates, docs/testing.md). `npm run test:kvm -- cargo`, `-- boot` run a part; --l1 takes L1 in any case.
+// that QEMU emulates, docs/testing.md). `npm run test:kvm -- cargo`, `-- boot` run a part, --file PATH
+// (repeatable) those boot tests alone; --l1 takes L1 in any case.
 // Ends with one line of totals on stdout; the exit status is non-zero if anything failed.
 import { createWriteStream, mkdirSync, rmSync } from 'node:fs'
 import { dirname, join } from 'node:path'
@@ -70,7 +71,7 @@ async function cargoPart() {
 }
 
 /** The end-to-end tests. Their guests must be in the cache: L1 has no network. */
-async function bootPart() {
+async function bootPart(files) {
   await step('prepare the guests', (step) =>
     run(bin('vitest'), ['run', '--project', 'guests'], { log: 'vitest-guests', step, env: { NO_COLOR: '1' } }),
   )
@@ -84,7 +85,7 @@ async function bootPart() {
     log: 'vitest-boot-kvm',
     commands: [
       {
-        args: [process.execPath, vitest, 'run', '--project', 'boot', ...WITHOUT_GUESTS, ...reporters],
+        args: [process.execPath, vitest, 'run', '--project', 'boot', ...files, ...WITHOUT_GUESTS, ...reporters],
         cwd: root,
         env: { SKEP_TEST_ACCEL: 'kvm', NO_COLOR: '1' },
       },
@@ -153,7 +154,11 @@ async function runParts(parts, start) {
 await main(async () => {
   const started = Date.now()
   const { values, positionals: chosen } = parseArgs({
-    options: { l1: { type: 'boolean', default: false }, timeout: { type: 'string', default: TIMEOUT } },
+    options: {
+      l1: { type: 'boolean', default: false },
+      timeout: { type: 'string', default: TIMEOUT },
+      file: { type: 'string', multiple: true, default: [] },
+    },
     allowPositionals: true,
   })
   const unknown = chosen.filter((part) => !PARTS.includes(part))
@@ -169,7 +174,7 @@ await main(async () => {
   await build()
   const parts = []
   if (wanted('cargo')) parts.push(await cargoPart())
-  if (wanted('boot')) parts.push(await bootPart())
+  if (wanted('boot')) parts.push(await bootPart(values.file))
   if (!direct) await prepareL1()
 
   process.stderr.write(`${reason}: ${direct ? 'testing on this machine' : 'testing in L1'}\n`)

@@ -9,6 +9,7 @@ import { testKernel } from '../helpers/guests.js'
 
 /** What the guests write to port 0xf4 when all is well, as an exit status: `(0x10 << 1) | 1`. */
 const PASSED = 33
+const FAILED = 35
 const TIMEOUT = 120_000
 
 interface Outcome {
@@ -101,15 +102,41 @@ describe('an end', () => {
   })
 })
 
+/**
+ * What QEMU's emulated processor gets wrong, so that guests of a KVM in L1 find it wrong whatever runs them (`qemu-system-x86_64
+ * -accel kvm` there shows the same): segment and CR4 faults, stores that straddle an absent page, the shadow of MOV SS, XCR0,
+ * which it lets guests write behind KVM's back.
+ */
+const wrongInL1: Record<string, number[]> = {
+  exceptions: [14, 23, 30],
+  'real-mode': [28, 29],
+  emulation: [48],
+  lines: [39],
+}
+const inL1 = accel === 'kvm' && process.env['SKEP_L1'] !== undefined
+
+/** The checks that failed and should not have. */
+function failures(guest: string, output: string): string[] {
+  const known = new Set((inL1 ? (wrongInL1[guest] ?? []) : []).map((check) => `FAIL ${check}`))
+  return (output.match(/^FAIL .*$/gm) ?? []).filter((line) => !known.has(line.trim()))
+}
+
+/** Expects the guest to have found everything right, in its own words first: they say which check it was. */
+function right(guest: string, exit: VmExit, output: string): void {
+  expect(failures(guest, output)).toEqual([])
+  const known = inL1 && wrongInL1[guest] !== undefined
+  expect(output).toContain(known ? 'skep: FAILED' : 'skep: passed')
+  expect(exit).toMatchObject({ reason: 'debug-exit', status: known ? FAILED : PASSED })
+}
+
 describe('the guest finds', () => {
   test('real mode right', async () => {
     const { exit, output } = await boot({ boot: { rom: await testKernel('real-mode.rom') } })
-    expect(output.match(/^FAIL .*$/gm) ?? []).toEqual([])
-    expect(output).toContain('skep: passed')
-    expect(exit).toMatchObject({ reason: 'debug-exit', status: PASSED })
+    right('real-mode', exit, output)
   })
 
-  test.each([
+  // Time stands still at times in an emulated host, and these measure it: there they may try again.
+  test.for([
     ['emulation', 1],
     ['exceptions', 1],
     ['interrupts', 1],
@@ -121,11 +148,11 @@ describe('the guest finds', () => {
     ['self-modifying', 1],
     ['processors', 2],
     ['processors', 4],
-  ])('%s right with %i vCPU', async (name, cpus) => {
-    const { exit, output } = await kernel(`${name}.elf`, { cpus }, `cpus=${cpus}`)
-    // The guest's own words first: they say which check it was.
-    expect(output.match(/^FAIL .*$/gm) ?? []).toEqual([])
-    expect(output).toContain('skep: passed')
-    expect(exit).toMatchObject({ reason: 'debug-exit', status: PASSED })
+  ] as const)('%s right with %i vCPU', { retry: inL1 ? 2 : 0 }, async ([name, cpus], { skip }) => {
+    skip(inL1 && name === 'ipi-storm' && cpus > 2, 'takes two minutes in L1')
+    // XCR0 is wrong in L1: no AVX there.
+    const cpu = inL1 && name === 'emulation' ? 'x86-64-v2' : 'host'
+    const { exit, output } = await kernel(`${name}.elf`, { cpus, cpu }, `cpus=${cpus}`)
+    right(name, exit, output)
   })
 })

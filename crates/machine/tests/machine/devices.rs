@@ -151,6 +151,9 @@ fn run(accel: &str) {
     let spec = spec(1, &rom, |spec| {
         let kernel = guest("devices.elf");
         spec["accel"] = accel.into();
+        if accel == "kvm" {
+            spec["engine"] = serde_json::Value::Null;
+        }
         spec["memory"]["size"] = (16 << 20).into();
         spec["boot"] = serde_json::json!({
             "kind": "kernel", "kernel": kernel, "initrd": null, "cmdline": "", "modules": []
