@@ -56,10 +56,6 @@ pub(crate) struct Capabilities {
     pub(crate) max_vcpus: u32,
     /// The guest's TSC can have a frequency other than the host's.
     pub(crate) tsc_scaling: bool,
-    /// A frequency can be set for the VM, before there are vCPUs.
-    pub(crate) vm_tsc: bool,
-    /// The frequency can be asked for.
-    pub(crate) get_tsc_khz: bool,
     /// The APIC timer has the TSC-deadline mode.
     pub(crate) tsc_deadline: bool,
     /// Doorbells of any width.
@@ -101,8 +97,6 @@ impl Capabilities {
         Ok(Self {
             max_vcpus: get(KVM_CAP_MAX_VCPUS).clamp(1, 255),
             tsc_scaling: get(KVM_CAP_TSC_CONTROL) != 0,
-            vm_tsc: get(KVM_CAP_VM_TSC_CONTROL) != 0,
-            get_tsc_khz: get(KVM_CAP_GET_TSC_KHZ) != 0,
             tsc_deadline: get(KVM_CAP_TSC_DEADLINE_TIMER) != 0,
             any_length: get(KVM_CAP_IOEVENTFD_ANY_LENGTH) != 0,
             x2apic_api: get(KVM_CAP_X2APIC_API) != 0,
