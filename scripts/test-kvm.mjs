@@ -25,6 +25,8 @@ const CRATES = { 'skep-kvm': [], 'skep-machine': ['kvm'] }
 const L1 = { memory: '5G' }
 /** Bad input is refused before a processor runs, and 50 starts of the command take 5 minutes in L1. */
 const WITHOUT_GUESTS = ['--exclude', 'test/boot/refusals.test.ts']
+/** Where a boot takes half a minute, fewer of them; the environment of the same name has precedence. */
+const FEWER_IN_L1 = { SKEP_BOOTS: '5', SKEP_CYCLES: '40' }
 /** For all of it, in minutes: twice what it takes. */
 const TIMEOUT = '45'
 
@@ -71,13 +73,14 @@ async function cargoPart() {
 }
 
 /** The end-to-end tests. Their guests must be in the cache: L1 has no network. */
-async function bootPart(files) {
+async function bootPart(direct, files) {
   await step('prepare the guests', (step) =>
     run(bin('vitest'), ['run', '--project', 'guests'], { log: 'vitest-guests', step, env: { NO_COLOR: '1' } }),
   )
   const report = join(state, 'vitest-boot-kvm.json')
   mkdirSync(state, { recursive: true })
   rmSync(report, { force: true })
+  const fewer = Object.entries(direct ? {} : FEWER_IN_L1).map(([name, value]) => [name, process.env[name] ?? value])
   const vitest = join(root, 'node_modules/vitest/vitest.mjs')
   const reporters = ['--reporter=verbose', '--reporter=json', `--outputFile.json=${report}`]
   return {
@@ -87,7 +90,7 @@ async function bootPart(files) {
       {
         args: [process.execPath, vitest, 'run', '--project', 'boot', ...files, ...WITHOUT_GUESTS, ...reporters],
         cwd: root,
-        env: { SKEP_TEST_ACCEL: 'kvm', NO_COLOR: '1' },
+        env: { SKEP_TEST_ACCEL: 'kvm', NO_COLOR: '1', ...Object.fromEntries(fewer) },
       },
     ],
     milestone: isVitestMilestone,
@@ -174,7 +177,7 @@ await main(async () => {
   await build()
   const parts = []
   if (wanted('cargo')) parts.push(await cargoPart())
-  if (wanted('boot')) parts.push(await bootPart(values.file))
+  if (wanted('boot')) parts.push(await bootPart(direct, values.file))
   if (!direct) await prepareL1()
 
   process.stderr.write(`${reason}: ${direct ? 'testing on this machine' : 'testing in L1'}\n`)
