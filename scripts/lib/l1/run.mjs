@@ -20,8 +20,8 @@ import { prepareL1 } from './image.mjs'
 
 export const QEMU = 'qemu-system-x86_64'
 /**
- * What a command gets where nothing else is said; `timeout` in ms. One processor: with two, each a thread of QEMU's, its
- * emulation of SVM (7.2) now and then mixes the state of host and guest, and either dies.
+ * What a command gets where nothing else is said; `timeout` in ms. One processor: with two, each a thread of QEMU's, guests
+ * have been seen with registers of the host, and the host's kernel has died (QEMU 7.2).
  */
 export const DEFAULTS = { cpus: 1, memory: '2G', timeout: 600_000 }
 /** Exit status where the time was up, as timeout(1) has it. */
