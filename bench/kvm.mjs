@@ -97,6 +97,13 @@ async function markedInitrd(guest) {
   return path
 }
 
+/** A count of the kernel's by way of `vm.stats()`: debugfs names a VM after the thread that made it, which may be gone. */
+function reported(report, name) {
+  const counts = report?.vcpus.map(({ kernel }) => kernel ?? {}) ?? []
+  if (!counts.some((kernel) => Object.keys(kernel).length > 0)) return undefined
+  return counts.reduce((sum, kernel) => sum + (kernel[name] ?? 0), 0)
+}
+
 /** One line of the table and of the summary, from the samples of one kind of boot. */
 function summary(samples) {
   const good = samples.filter(({ error }) => !error)
@@ -105,7 +112,7 @@ function summary(samples) {
     const values = good.map(value).filter((number) => number !== undefined)
     return values.length > 0 ? median(values) : undefined
   }
-  const count = (name) => of(({ kernel }) => kernel?.[name])
+  const count = (name) => of(({ kernel, report }) => kernel?.[name] ?? reported(report, name))
   // Skep counts what came back to its own process; QEMU does not say.
   const toProcess = ({ report }) =>
     report?.vcpus.flatMap(({ exits }) => Object.values(exits ?? {})).reduce((sum, n) => sum + n, 0)

@@ -26,7 +26,9 @@ export function memory(pid) {
 export function kernelCounts(pid) {
   let folders
   try {
-    folders = readdirSync(KVM).filter((name) => name.startsWith(`${pid}-`))
+    // THREAD-DESCRIPTOR, of the thread that created the VM.
+    const threads = new Set(readdirSync(`/proc/${pid}/task`))
+    folders = readdirSync(KVM).filter((name) => threads.has(name.split('-')[0]))
   } catch {
     return undefined
   }
