@@ -54,6 +54,14 @@ impl Statistics {
         Ok(Self { file, counters })
     }
 
+    /// How often the vCPU has halted.
+    pub(crate) fn halts(&self) -> Option<u64> {
+        let counter = self.counters.iter().find(|counter| counter.name == "halt_exits")?;
+        let mut bytes = [0; 8];
+        self.file.read_exact_at(&mut bytes, counter.offset).ok()?;
+        Some(u64::from_le_bytes(bytes))
+    }
+
     /// What has been counted so far, but for what has not happened.
     pub(crate) fn read(&self) -> BTreeMap<String, u64> {
         let value = |counter: &Counter| {

@@ -20,7 +20,7 @@ use crate::statistics::Statistics;
 use crate::vm::Shared;
 
 /// How often a vCPU that stays in the kernel is looked at, for whether it can ever come out.
-const LOOK: Duration = Duration::from_millis(500);
+const LOOK: Duration = Duration::from_millis(250);
 
 /// One vCPU on KVM.
 pub(crate) struct KvmVcpu {
@@ -37,6 +37,8 @@ pub(crate) struct KvmVcpu {
     stats: VcpuStats,
     exits: BTreeMap<&'static str, u64>,
     statistics: Option<Statistics>,
+    /// How often it had halted when it was last found standing still.
+    halts: Option<u64>,
 }
 
 /// What follows an exit.
@@ -80,6 +82,7 @@ impl KvmVcpu {
             stats: VcpuStats::default(),
             exits: BTreeMap::new(),
             statistics,
+            halts: None,
         };
         vcpu.try_reset().map_err(|error| HvError::Invalid(format!("vCPU {id}: {error}")))?;
         Ok(vcpu)
@@ -241,6 +244,12 @@ impl KvmVcpu {
         })
     }
 
+    /// Whether it has gone on and halted since this was last asked, where the kernel tells.
+    fn has_halted_again(&mut self) -> bool {
+        let halts = self.statistics.as_ref().and_then(Statistics::halts);
+        std::mem::replace(&mut self.halts, halts) != halts
+    }
+
     fn guest(&mut self, stay: &Stay<'_>, io: &mut dyn VcpuIo) -> RunEnd {
         loop {
             let notes = stay.enter();
@@ -256,12 +265,13 @@ impl KvmVcpu {
             stay.leave();
             let next = match result {
                 Ok(()) => {
+                    self.shared.all_still(self.id, false);
                     let exit = run::exit(&mut self.fd);
                     self.exit(exit, io)
                 }
                 Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => {
                     self.count(run::name(&Exit::Interrupted));
-                    let still = self.stands_still().unwrap_or(false);
+                    let still = self.stands_still().unwrap_or(false) && !self.has_halted_again();
                     if self.shared.all_still(self.id, still) { Next::End(RunEnd::Halted) } else { Next::Go }
                 }
                 Err(error) => Next::End(self.broken(error)),

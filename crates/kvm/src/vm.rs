@@ -2,7 +2,7 @@
 #![expect(unsafe_code, reason = "memory slots name host addresses")]
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use kvm_bindings::*;
 use kvm_ioctls::{Kvm as KvmFd, VmFd};
@@ -34,17 +34,24 @@ pub(crate) struct Shared {
     pub(crate) dirty: DirtyLog,
     pub(crate) apics: Arc<Apics>,
     pub(crate) kickers: Vec<Arc<Kicker>>,
-    /// Which vCPUs cannot go on by themselves: halted with interrupts disabled, or waiting for a start-up IPI.
-    still: Vec<AtomicBool>,
+    /// For how many looks in a row each vCPU has been unable to go on by itself: halted with interrupts disabled, or waiting
+    /// for a start-up IPI.
+    still: Vec<AtomicU32>,
 }
 
 impl Shared {
-    /// Says whether `vcpu` stands still, and asks whether all do.
+    /// Says whether `vcpu` has stood still since it was last looked at, and asks whether all have for several looks. A
+    /// processor that waits for a paravirtual lock halts with interrupts disabled too, until another wakes it: after that
+    /// many looks at this one, the others have been looked at since it halted, and none was left to wake it.
     pub(crate) fn all_still(&self, vcpu: u32, still: bool) -> bool {
-        if let Some(flag) = self.still.get(vcpu as usize) {
-            flag.store(still, Ordering::SeqCst);
+        const LOOKS: u32 = 4;
+        if let Some(looks) = self.still.get(vcpu as usize) {
+            looks.store(
+                if still { looks.load(Ordering::SeqCst).saturating_add(1) } else { 0 },
+                Ordering::SeqCst,
+            );
         }
-        still && self.still.iter().all(|flag| flag.load(Ordering::SeqCst))
+        still && self.still.iter().all(|looks| looks.load(Ordering::SeqCst) >= LOOKS)
     }
 }
 
@@ -111,7 +118,7 @@ impl KvmVm {
             dirty: DirtyLog::new(fd.clone(), memory.clone(), entries),
             apics: Arc::new(Apics::new(fd.clone())),
             kickers: (0..options.vcpus).map(|_| Arc::new(Kicker::new())).collect(),
-            still: (0..options.vcpus).map(|_| AtomicBool::new(false)).collect(),
+            still: (0..options.vcpus).map(|_| AtomicU32::new(0)).collect(),
             shape: Shape { xsave_size: xsave as usize, xcr0, msrs },
             memory,
             options,
