@@ -27,7 +27,7 @@ const L1 = { memory: '5G' }
 const WITHOUT_GUESTS = ['--exclude', 'test/boot/refusals.test.ts']
 /** Where a boot takes half a minute, fewer of them; the environment of the same name has precedence. */
 const FEWER_IN_L1 = { SKEP_BOOTS: '5', SKEP_CYCLES: '40' }
-/** For all of it, in minutes: twice what it takes. */
+/** For all of it, in minutes. */
 const TIMEOUT = '45'
 
 /** Builds the test programs; how each is run. */

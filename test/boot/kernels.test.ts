@@ -103,9 +103,8 @@ describe('an end', () => {
 })
 
 /**
- * What QEMU's emulated processor gets wrong, so that guests of a KVM in L1 find it wrong whatever runs them (`qemu-system-x86_64
- * -accel kvm` there shows the same): segment and CR4 faults, stores that straddle an absent page, the shadow of MOV SS, XCR0,
- * which it lets guests write behind KVM's back.
+ * What fails in L1 because QEMU's emulated processor gets it wrong. `qemu-system-x86_64 -accel kvm` there fails the same, but for
+ * emulation 48 (a store that straddles an absent page), where it gives up before: that one is taken to be QEMU's.
  */
 const wrongInL1: Record<string, number[]> = {
   exceptions: [14, 23, 30],

@@ -73,3 +73,8 @@ export interface Diagnosis {
 export function diagnose(): Diagnosis {
   return JSON.parse(crossingSync(() => native().probe())) as Diagnosis
 }
+
+/** The part of {@link diagnose} that the choice of an accelerator needs: quick, as every machine asks it. */
+export function diagnoseAccelerator(): Pick<Diagnosis, 'accelerator' | 'kvm'> {
+  return JSON.parse(crossingSync(() => native().accelerator())) as Pick<Diagnosis, 'accelerator' | 'kvm'>
+}

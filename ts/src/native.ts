@@ -44,6 +44,8 @@ export interface Native {
   }
   /** JSON, see `Probe` in `doctor.ts`. */
   probe(): string
+  /** JSON: the parts `kvm` and `accelerator` of the same. */
+  accelerator(): string
 }
 
 /** Bytes that the addon sends beyond what has been credited, for each console. */

@@ -101,12 +101,10 @@ impl IoApic {
 
     /// A level-triggered interrupt with this vector has ended: pins that are still active send again.
     pub fn end_of_interrupt(&mut self, vector: u8) {
-        for pin in 0..Self::PINS {
-            let redirection = &mut self.state.entries[usize::from(pin)];
-            if *redirection & entry::REMOTE_IRR != 0 && (*redirection & entry::VECTOR) as u8 == vector {
-                *redirection &= !entry::REMOTE_IRR;
-                self.sample(pin);
-            }
+        let pins = self.in_service(vector);
+        for pin in (0..Self::PINS).filter(|pin| pins >> pin & 1 != 0) {
+            self.state.entries[usize::from(pin)] &= !entry::REMOTE_IRR;
+            self.sample(pin);
         }
     }
 

@@ -105,18 +105,14 @@ impl IrqChip {
     /// is signalled, and who still has something to say raises the line again. For sources that cannot tell when they are
     /// served.
     pub fn resampled_line(self: &Arc<Self>, gsi: u8, ended: Arc<dyn Signal>) -> Irq {
-        let line = self.new_source(None, (gsi < IoApic::PINS).then_some(gsi));
+        let line = self.source(None, (gsi < IoApic::PINS).then_some(gsi));
         let mut resampled = self.resampled.write().unwrap_or_else(PoisonError::into_inner);
         resampled.retain(|other| other.line.strong_count() != 0);
         resampled.push(Resampled { gsi, line: Arc::downgrade(&line), ended });
         line
     }
 
-    fn source(self: &Arc<Self>, pic: Option<u8>, gsi: Option<u8>) -> Irq {
-        self.new_source(pic, gsi)
-    }
-
-    fn new_source(self: &Arc<Self>, pic: Option<u8>, gsi: Option<u8>) -> Arc<Source> {
+    fn source(self: &Arc<Self>, pic: Option<u8>, gsi: Option<u8>) -> Arc<Source> {
         Arc::new(Source { chip: self.clone(), pic, gsi, asserted: AtomicBool::new(false) })
     }
 

@@ -18,10 +18,11 @@ pub(crate) const PINS: u32 = 24;
 /// Most interrupt numbers of a VM (KVM_MAX_IRQ_ROUTES).
 const MOST: u32 = 4096;
 
-/// The local APICs of one VM.
+/// The local APICs of one VM. Clones are the same ones.
+#[derive(Clone)]
 pub(crate) struct Apics {
     vm: Arc<VmFd>,
-    routes: Mutex<Routes>,
+    routes: Arc<Mutex<Routes>>,
 }
 
 /// Which message every interrupt number stands for. Message lines in use have an entry, `None` until they have a message.
@@ -56,7 +57,7 @@ fn entry(gsi: u32, message: MsiMessage) -> kvm_irq_routing_entry {
 
 impl Apics {
     pub(crate) fn new(vm: Arc<VmFd>) -> Self {
-        Self { vm, routes: Mutex::default() }
+        Self { vm, routes: Arc::default() }
     }
 
     fn routes(&self) -> MutexGuard<'_, Routes> {
@@ -83,46 +84,37 @@ impl MsiSender for Apics {
         // A message that no processor takes is lost, as on the bus.
         let _ = self.vm.signal_msi(msi);
     }
-}
-
-/// The local APICs, as the machine and its devices have them.
-pub(crate) struct Handle(pub(crate) Arc<Apics>);
-
-impl MsiSender for Handle {
-    fn send(&self, message: MsiMessage) {
-        self.0.send(message);
-    }
 
     fn announce_pin(&self, pin: u8, message: Option<MsiMessage>) {
-        let mut routes = self.0.routes();
+        let mut routes = self.routes();
         let Some(place) = routes.pins.get_mut(usize::from(pin)) else { return };
         if *place != message {
             *place = message;
             // Fails only for lack of kernel memory. Then the end of this input's interrupts is not told, and the guest finds
             // a device that does not interrupt again, as it would with hardware that fails.
-            let _ = routes.commit(&self.0.vm);
+            let _ = routes.commit(&self.vm);
         }
     }
 }
 
-impl BackEndApics for Handle {
+impl BackEndApics for Apics {
     fn message_line(&self) -> Result<Arc<dyn MessageLine>, HvError> {
         let event = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)
             .map_err(|source| HvError::Os { what: "eventfd", source })?;
-        let mut routes = self.0.routes();
+        let mut routes = self.routes();
         let free = (PINS..MOST).find(|gsi| !routes.lines.contains_key(gsi));
         let gsi = free.ok_or_else(|| {
             HvError::Unsupported(format!("a VM has at most {} message-signalled interrupts", MOST - PINS))
         })?;
         routes.lines.insert(gsi, None);
         drop(routes);
-        Ok(Arc::new(Line { apics: self.0.clone(), gsi, event, attached: Mutex::new(false) }))
+        Ok(Arc::new(Line { apics: self.clone(), gsi, event, attached: Mutex::new(false) }))
     }
 }
 
 /// An interrupt number, and the eventfd that raises it.
 struct Line {
-    apics: Arc<Apics>,
+    apics: Apics,
     gsi: u32,
     event: EventFd,
     attached: Mutex<bool>,

@@ -20,20 +20,18 @@ const UNDEFINED: u8 = 6;
 /// Executes what KVM cannot, for one vCPU.
 pub(crate) struct Finisher {
     id: u32,
-    available: bool,
     /// Made when it is first needed, which most guests never do.
     stepper: Option<Box<dyn Stepper>>,
 }
 
 impl Finisher {
-    pub(crate) fn new(id: u32, shared: &Shared) -> Self {
-        Self { id, available: shared.options.stepper.is_some(), stepper: None }
+    pub(crate) fn new(id: u32) -> Self {
+        Self { id, stepper: None }
     }
 
     fn stepper(&mut self, shared: &Shared) -> Result<&mut dyn Stepper, String> {
         if self.stepper.is_none() {
-            let factory = shared.options.stepper.as_ref().filter(|_| self.available);
-            let factory = factory.ok_or("there is no interpreter to help it")?;
+            let factory = shared.options.stepper.as_ref().ok_or("there is no interpreter to help it")?;
             let made = factory.create(self.id, &shared.memory, &shared.options.cpuid, shared.tsc_hz);
             self.stepper = Some(made.map_err(|error| error.to_string())?);
         }

@@ -55,8 +55,8 @@ impl Kvm {
     }
 }
 
-/// The frequency at which guests' TSCs run unless told otherwise, in kHz.
-pub(crate) fn tsc_khz(vm: &VmFd) -> u64 {
+/// The frequency at which guests' TSCs run unless told otherwise, in kHz. Takes a VM that nobody else uses.
+fn tsc_khz(vm: &VmFd) -> u64 {
     // Older kernels answer for vCPUs only.
     let khz = crate::ioctl::vm_tsc_khz(vm).ok().filter(|&khz| khz != 0);
     let khz = khz.or_else(|| vm.create_vcpu(0).ok()?.get_tsc_khz().ok());
@@ -94,9 +94,8 @@ impl Hypervisor for Kvm {
     }
 
     fn create_vm(&self, memory: GuestMemory, options: VmOptions) -> Result<Arc<dyn Vm>, HvError> {
-        if let Some(hz) = options.tsc_hz.filter(|hz| hz.abs_diff(self.tsc_hz()) > self.tsc_hz() / 4000)
-            && !self.capabilities.tsc_scaling
-        {
+        let hz = options.tsc_hz.unwrap_or(self.tsc_hz());
+        if hz.abs_diff(self.tsc_hz()) > self.tsc_hz() / 4000 && !self.capabilities.tsc_scaling {
             let text = format!(
                 "a TSC of {} MHz: this host's processor cannot scale its own {} MHz",
                 hz / 1_000_000,
@@ -104,7 +103,7 @@ impl Hypervisor for Kvm {
             );
             return Err(HvError::Unsupported(text));
         }
-        let vm = KvmVm::create(&self.fd, self.capabilities, self.options.dirty_ring, memory, options)?;
+        let vm = KvmVm::create(&self.fd, self.capabilities, self.options.dirty_ring, hz, memory, options)?;
         Ok(Arc::new(vm))
     }
 }

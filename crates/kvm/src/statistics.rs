@@ -54,21 +54,23 @@ impl Statistics {
         Ok(Self { file, counters })
     }
 
-    /// How often the vCPU has halted.
-    pub(crate) fn halts(&self) -> Option<u64> {
-        let counter = self.counters.iter().find(|counter| counter.name == "halt_exits")?;
+    fn value(&self, counter: &Counter) -> Option<u64> {
         let mut bytes = [0; 8];
         self.file.read_exact_at(&mut bytes, counter.offset).ok()?;
         Some(u64::from_le_bytes(bytes))
     }
 
+    /// How often the vCPU has halted.
+    pub(crate) fn halts(&self) -> Option<u64> {
+        self.value(self.counters.iter().find(|counter| counter.name == "halt_exits")?)
+    }
+
     /// What has been counted so far, but for what has not happened.
     pub(crate) fn read(&self) -> BTreeMap<String, u64> {
-        let value = |counter: &Counter| {
-            let mut bytes = [0; 8];
-            self.file.read_exact_at(&mut bytes, counter.offset).ok()?;
-            Some((counter.name.clone(), u64::from_le_bytes(bytes))).filter(|(_, value)| *value != 0)
+        let happened = |counter: &Counter| {
+            let value = self.value(counter).filter(|&value| value != 0)?;
+            Some((counter.name.clone(), value))
         };
-        self.counters.iter().filter_map(value).collect()
+        self.counters.iter().filter_map(happened).collect()
     }
 }

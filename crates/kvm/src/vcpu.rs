@@ -1,6 +1,5 @@
 //! The run loop of one vCPU.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -35,7 +34,6 @@ pub(crate) struct KvmVcpu {
     /// KVM has told us of an access and not yet had our answer: the instruction is half done.
     half_done: bool,
     stats: VcpuStats,
-    exits: BTreeMap<&'static str, u64>,
     statistics: Option<Statistics>,
     /// How often it had halted when it was last found standing still.
     halts: Option<u64>,
@@ -75,12 +73,11 @@ impl KvmVcpu {
             fd,
             run_size,
             power_on,
-            finisher: Finisher::new(id, &shared),
+            finisher: Finisher::new(id),
             shared,
             tick: None,
             half_done: false,
             stats: VcpuStats::default(),
-            exits: BTreeMap::new(),
             statistics,
             halts: None,
         };
@@ -121,7 +118,7 @@ impl KvmVcpu {
     }
 
     fn count(&mut self, exit: &'static str) {
-        *self.exits.entry(exit).or_default() += 1;
+        *self.stats.exits.entry(exit).or_default() += 1;
     }
 
     /// Deals with an exit.
@@ -326,7 +323,6 @@ impl Vcpu for KvmVcpu {
         VcpuStats {
             halts: counter("halt_exits"),
             interrupts: self.stats.interrupts.max(counter("irq_injections")),
-            exits: self.exits.clone(),
             kernel,
             ..self.stats.clone()
         }

@@ -10,7 +10,7 @@ use skep_hv::irq::{BackEndApics, Doorbell, IoAddress, Signal};
 use skep_hv::{HvError, Vcpu, Vm, VmOptions};
 use skep_memory::{GuestMemory, PAGE_SIZE, RegionKind};
 
-use crate::apics::{Apics, Handle, PINS};
+use crate::apics::{Apics, PINS};
 use crate::capabilities::{Capabilities, DISABLE_HLT, DISABLE_PAUSE};
 use crate::dirty::DirtyLog;
 use crate::error::Tried;
@@ -32,7 +32,7 @@ pub(crate) struct Shared {
     pub(crate) shape: Shape,
     pub(crate) tsc_hz: u64,
     pub(crate) dirty: DirtyLog,
-    pub(crate) apics: Arc<Apics>,
+    pub(crate) apics: Apics,
     pub(crate) kickers: Vec<Arc<Kicker>>,
     /// For how many looks in a row each vCPU has been unable to go on by itself: halted with interrupts disabled, or waiting
     /// for a start-up IPI.
@@ -71,6 +71,7 @@ impl KvmVm {
         kvm: &KvmFd,
         capabilities: Capabilities,
         dirty_ring: u32,
+        tsc_hz: u64,
         memory: GuestMemory,
         options: VmOptions,
     ) -> Result<Self, HvError> {
@@ -108,15 +109,13 @@ impl KvmVm {
             enable(&fd, KVM_CAP_DIRTY_LOG_RING, (entries * entry).into(), "KVM_CAP_DIRTY_LOG_RING")?;
         }
 
-        let host_khz = crate::host::tsc_khz(&fd);
-        let tsc_hz = options.tsc_hz.unwrap_or(host_khz * 1000);
         let (xsave, xcr0) = options.cpuid.get(0xd, 0).map_or((576, 3), |leaf| {
             (leaf.ecx.clamp(576, 4096), u64::from(leaf.edx) << 32 | u64::from(leaf.eax))
         });
         let msrs = crate::msrs::candidates(kvm).tried("KVM_GET_MSR_INDEX_LIST")?;
         let shared = Shared {
             dirty: DirtyLog::new(fd.clone(), memory.clone(), entries),
-            apics: Arc::new(Apics::new(fd.clone())),
+            apics: Apics::new(fd.clone()),
             kickers: (0..options.vcpus).map(|_| Arc::new(Kicker::new())).collect(),
             still: (0..options.vcpus).map(|_| AtomicU32::new(0)).collect(),
             shape: Shape { xsave_size: xsave as usize, xcr0, msrs },
@@ -185,7 +184,7 @@ impl Vm for KvmVm {
     }
 
     fn apics(&self) -> Option<Arc<dyn BackEndApics>> {
-        Some(Arc::new(Handle(self.shared.apics.clone())))
+        Some(Arc::new(self.shared.apics.clone()))
     }
 
     fn memory_changed(&self) -> Result<(), HvError> {

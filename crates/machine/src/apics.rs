@@ -65,7 +65,7 @@ impl Apics {
     pub(crate) fn msi(&self) -> Arc<dyn MsiSender> {
         match self {
             Self::Machine(apics) => apics.clone(),
-            Self::BackEnd(own) => Arc::new(Messages(own.apics.clone())),
+            Self::BackEnd(own) => own.apics.clone(),
         }
     }
 
@@ -140,19 +140,6 @@ impl Apics {
         if let Self::Machine(apics) = self {
             apics.reset();
         }
-    }
-}
-
-/// The back end's APICs as a plain sender.
-struct Messages(Arc<dyn BackEndApics>);
-
-impl MsiSender for Messages {
-    fn send(&self, message: MsiMessage) {
-        self.0.send(message);
-    }
-
-    fn announce_pin(&self, pin: u8, message: Option<MsiMessage>) {
-        self.0.announce_pin(pin, message);
     }
 }
 

@@ -225,6 +225,12 @@ pub fn probe() -> String {
     serde_json::to_string(&skep_machine::host::probe()).unwrap_or_default()
 }
 
+/// What of it decides between accelerators, as JSON.
+#[napi(catch_unwind)]
+pub fn accelerator() -> String {
+    serde_json::to_string(&skep_machine::host::accelerator()).unwrap_or_default()
+}
+
 fn address(gpa: &BigInt) -> Result<u64> {
     match gpa.get_u64() {
         (false, address, true) => Ok(address),

@@ -75,6 +75,17 @@ function lpc(draft: Draft): Draft {
   return bridge
 }
 
+/** An option that says whether an instruction leaves the guest. */
+function exit(key: 'hlt' | 'pause', on: boolean): Pick<RunOption, 'group' | 'path' | 'apply'> {
+  return {
+    group: 'Machine:',
+    path: `exits.${key}`,
+    apply: (_, draft) => {
+      object(draft, 'exits')[key] = on
+    },
+  }
+}
+
 function serialFile<S>(serial: S): S | `file:${string}` {
   return typeof serial === 'string' && serial.startsWith('file:') ? `file:${file(serial.slice(5))}` : serial
 }
@@ -231,38 +242,22 @@ export const runOptions: readonly RunOption[] = [
   {
     flags: '-H, --hlt-exit',
     about: "a halted processor gives its host CPU back, as bhyve's -H (default)",
-    group: 'Machine:',
-    path: 'exits.hlt',
-    apply: (_, draft) => {
-      object(draft, 'exits')['hlt'] = true
-    },
+    ...exit('hlt', true),
   },
   {
     flags: '--no-hlt-exit',
     about: 'a halted processor keeps its host CPU, as bhyve does without -H',
-    group: 'Machine:',
-    path: 'exits.hlt',
-    apply: (_, draft) => {
-      object(draft, 'exits')['hlt'] = false
-    },
+    ...exit('hlt', false),
   },
   {
     flags: '-P, --pause-exit',
     about: "a processor that spins on PAUSE lets others run, as bhyve's -P (default)",
-    group: 'Machine:',
-    path: 'exits.pause',
-    apply: (_, draft) => {
-      object(draft, 'exits')['pause'] = true
-    },
+    ...exit('pause', true),
   },
   {
     flags: '--no-pause-exit',
     about: 'a processor may spin on PAUSE, as in bhyve without -P',
-    group: 'Machine:',
-    path: 'exits.pause',
-    apply: (_, draft) => {
-      object(draft, 'exits')['pause'] = false
-    },
+    ...exit('pause', false),
   },
   {
     flags: '--halt-poll <time>',

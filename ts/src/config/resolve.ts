@@ -1,7 +1,7 @@
 /** From a configuration to a specification: every slot, every default. */
 import { createHash } from 'node:crypto'
 import { resolve as resolvePath } from 'node:path'
-import { type Diagnosis, diagnose } from '../doctor.js'
+import { type Diagnosis, diagnoseAccelerator } from '../doctor.js'
 import { ConfigError, HostError } from '../errors.js'
 import { comPorts, layOut } from '../pci/layout.js'
 import { lpcSlot } from '../pci/slot.js'
@@ -13,8 +13,8 @@ import { validate } from './validate.js'
 export interface ResolveOptions {
   /** The folder from which relative paths start. Default: the current one. */
   base?: string | undefined
-  /** The host that is resolved for, as {@link diagnose} tells of it; asked if `accel` is not `'software'`. Default: this one. */
-  host?: Diagnosis | undefined
+  /** The host that is resolved for, as `diagnose` tells of it; asked if `accel` is not `'software'`. Default: this one. */
+  host?: Pick<Diagnosis, 'accelerator' | 'kvm'> | undefined
 }
 
 /** The configuration as it is; gives editors the type of the literal. */
@@ -92,14 +92,14 @@ function memory(config: NonNullable<VmConfig['memory']>): MachineSpec['memory'] 
 }
 
 /** What runs the processors on this host, or on the one that is given. */
-function accelerator({ accel, engine }: VmConfig, host: Diagnosis | undefined): MachineSpec['accel'] {
+function accelerator({ accel, engine }: VmConfig, host: ResolveOptions['host']): MachineSpec['accel'] {
   const engineGiven = engine !== undefined && engine !== null && engine !== 'auto'
   if (accel === 'kvm' && engineGiven) {
     const message = 'engine: it is about the software CPU, and accel is "kvm"; leave one of them out'
     throw new ConfigError('ERR_CONFIG_INVALID', message, { path: 'engine' })
   }
   if (accel === 'software' || engineGiven) return 'software'
-  const { accelerator, kvm } = host ?? diagnose()
+  const { accelerator, kvm } = host ?? diagnoseAccelerator()
   if (accel !== 'kvm') return accelerator.auto
   if (kvm.usable) return 'kvm'
   const message = `accel: ${kvm.error ?? 'KVM cannot be used here'}; accel "software" needs none of it`

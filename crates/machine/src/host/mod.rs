@@ -101,11 +101,32 @@ pub struct Limits {
     pub overcommit_memory: Option<u64>,
 }
 
+/// What the choice of an accelerator is made from, and the choice: a part of [`Host`] that is had quickly.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Accelerator {
+    /// `/dev/kvm`.
+    pub kvm: Kvm,
+    /// What `auto` chooses.
+    pub accelerator: Choice,
+}
+
+impl Accelerator {
+    fn of(cpu: &Cpu) -> Self {
+        let kvm = Kvm::probe(&cpu.features);
+        let accelerator = choose(&cpu.features, &kvm);
+        Self { kvm, accelerator }
+    }
+}
+
+/// Looks at what runs machines here, and at nothing else of the host. Leaves nothing behind.
+pub fn accelerator() -> Accelerator {
+    Accelerator::of(&Cpu::probe())
+}
+
 /// Looks at the host. Leaves nothing behind.
 pub fn probe() -> Host {
-    let cpu = Cpu::from_cpuinfo(&text("/proc/cpuinfo"));
-    let kvm = Kvm::probe(&cpu.features);
-    let accelerator = choose(&cpu.features, &kvm);
+    let cpu = Cpu::probe();
+    let Accelerator { kvm, accelerator } = Accelerator::of(&cpu);
     let limits = Limits::probe();
     let memory = meminfo(&text("/proc/meminfo"), "MemTotal").unwrap_or(0);
     let host = System {
@@ -161,6 +182,10 @@ impl Features {
 }
 
 impl Cpu {
+    fn probe() -> Self {
+        Self::from_cpuinfo(&text("/proc/cpuinfo"))
+    }
+
     /// From the text of `/proc/cpuinfo`.
     fn from_cpuinfo(info: &str) -> Self {
         let field = |name: &str| {
