@@ -90,7 +90,7 @@ impl Cpu {
     }
 
     /// Watches code bytes; true if the page was not watched before.
-    fn watch(&self, page: usize, offset: usize, len: usize) -> bool {
+    pub(crate) fn watch(&self, page: usize, offset: usize, len: usize) -> bool {
         let mask = GuestMemory::watch_mask(offset as u64, len as u64);
         mask != 0 && self.memory.watch(page).fetch_or(mask, Ordering::SeqCst) == 0
     }
@@ -154,6 +154,12 @@ impl Cpu {
                 Lowered { op, ends: true, by: Room::Undefined }
             }
         }
+    }
+
+    /// The operation of a 64-bit instruction that was decoded with its offset in the page as address, for a run that begins
+    /// with the page.
+    pub(crate) fn operation(&mut self, insn: &Instruction, bytes: &[u8], at: usize) -> Op {
+        self.lower(insn, bytes, CodeSize::Bits64, at).op
     }
 
     /// The bytes from `linear` to the end of its page, 15 at most, and how many there are.
@@ -251,7 +257,7 @@ fn exceeds(bits: u32, bytes: &[u8]) -> bool {
     decoder.last_error() == DecoderError::NoMoreBytes
 }
 
-fn copy_code(page: &crate::mmu::Code, offset: usize, into: &mut [u8]) {
+pub(crate) fn copy_code(page: &crate::mmu::Code, offset: usize, into: &mut [u8]) {
     // SAFETY: the page is mapped for 4096 bytes and callers stay within; other processors may write meanwhile, so the
     // bytes are moved by an instruction that the compiler cannot look into.
     unsafe {

@@ -21,6 +21,7 @@ pub(crate) mod decode;
 pub mod drive;
 pub(crate) mod exec;
 pub(crate) mod fault;
+pub(crate) mod jit;
 pub(crate) mod mmu;
 pub(crate) mod native;
 pub(crate) mod op;

@@ -6,7 +6,7 @@ mod tlb;
 mod walk;
 
 pub(crate) use access::MemWord;
-pub(crate) use tlb::{Code, Context, Tlb};
+pub(crate) use tlb::{Code, Context, Tlb, TlbLayout};
 
 /// What an access wants.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -285,3 +285,19 @@ fn alloc_arrays() -> Box<[[Entry; ENTRIES]; 4]> {
         Err(_) => unreachable!("four arrays were made"),
     }
 }
+
+/// Where translated code finds translations.
+pub(crate) struct TlbLayout;
+
+impl TlbLayout {
+    /// The array in use, from the start of [`Tlb`].
+    pub(crate) const CURRENT: usize = std::mem::offset_of!(Tlb, current);
+    /// log2 of the size of an entry.
+    pub(crate) const SHIFT: u8 = size_of::<Entry>().trailing_zeros() as u8;
+    /// Byte offsets of entries, as a mask.
+    pub(crate) const MASK: i32 = ((ENTRIES - 1) * size_of::<Entry>()) as i32;
+    /// Offsets in an entry: tag of pages that may be read, tag of pages that may be written, what to add.
+    pub(crate) const READ: i32 = std::mem::offset_of!(Entry, read) as i32;
+    pub(crate) const WRITE: i32 = std::mem::offset_of!(Entry, write) as i32;
+    pub(crate) const DELTA: i32 = std::mem::offset_of!(Entry, delta) as i32;
+}
