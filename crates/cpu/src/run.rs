@@ -305,7 +305,7 @@ impl Cpu {
         let epoch = self.memory.epoch();
         if epoch != self.code_epoch {
             self.code_epoch = epoch;
-            self.tlb.generation = self.tlb.generation.wrapping_add(1);
+            self.tlb.code_changed();
         }
     }
 
