@@ -316,7 +316,7 @@ impl Cpu {
             },
             hot: Hot::new(),
             raised: Raised::None,
-            tlb: Tlb::new(),
+            tlb: Tlb::new(memory.page_count()),
             segs: [Segment::default(); 6],
             rflags_rest: 2,
             look: true,

@@ -67,7 +67,7 @@ impl Cpu {
             let fresh =
                 self.watch(first.index, offset, on_first) | self.watch(second.index, 0, len - on_first);
             if fresh {
-                self.everyone_forgets_writes([first.host, second.host]);
+                self.everyone_forgets_writes([first.frame(), second.frame()]);
             }
             let version = |memory: &GuestMemory, page| memory.version(page).load(Ordering::SeqCst);
             let versions = [version(&self.memory, first.index), version(&self.memory, second.index)];

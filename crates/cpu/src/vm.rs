@@ -1,6 +1,5 @@
 //! What the machine sees: the hypervisor contract on the software CPU, and how its vCPUs reach one another.
 
-use std::ptr::NonNull;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Duration;
@@ -13,6 +12,7 @@ use skep_hv::{
 use skep_memory::GuestMemory;
 
 use crate::cpu::Cpu;
+use crate::mmu::Frame;
 use crate::system;
 
 /// Bits of [`Mailbox::attention`].
@@ -25,6 +25,17 @@ pub(crate) mod mail {
     pub(crate) const FLUSH: u32 = 1 << 2;
     /// Somebody must be alone for a moment.
     pub(crate) const STAND_STILL: u32 = 1 << 3;
+    /// What a sleeper need not wake for: it sees to it before it enters the guest again.
+    pub(crate) const QUIET: u32 = FLUSH | STAND_STILL;
+}
+
+/// Pages in a mailbox before all are meant.
+const NAMED: usize = 16;
+
+/// Pages that cached permissions to write must be forgotten for.
+enum Forget {
+    These(Vec<Frame>),
+    All,
 }
 
 /// Where other threads leave word for one vCPU.
@@ -37,6 +48,8 @@ pub(crate) struct Mailbox {
     tsc_offset: AtomicU64,
     /// The last flush that was answered.
     flushed: AtomicU64,
+    /// What the next one is about. Filled before the flush gets its number.
+    forget: Mutex<Forget>,
     sleeping: Mutex<bool>,
     bell: Condvar,
 }
@@ -48,6 +61,7 @@ impl Mailbox {
             in_guest: AtomicBool::new(false),
             tsc_offset: AtomicU64::new(0),
             flushed: AtomicU64::new(0),
+            forget: Mutex::new(Forget::These(Vec::new())),
             sleeping: Mutex::new(false),
             bell: Condvar::new(),
         }
@@ -58,9 +72,20 @@ impl Mailbox {
         self.tsc_offset.store(offset, Ordering::Relaxed);
     }
 
+    /// Says what the next flush is about: these pages, or all.
+    fn ask_to_forget(&self, pages: Option<&[Frame]>) {
+        let mut forget = self.forget.lock().unwrap_or_else(PoisonError::into_inner);
+        match (&mut *forget, pages) {
+            (Forget::These(named), Some(pages)) if named.len() + pages.len() <= NAMED => {
+                named.extend_from_slice(pages);
+            }
+            _ => *forget = Forget::All,
+        }
+    }
+
     fn post(&self, bits: u32) {
         self.attention.fetch_or(bits, Ordering::SeqCst);
-        if *self.sleeping.lock().unwrap_or_else(PoisonError::into_inner) {
+        if bits & !mail::QUIET != 0 && *self.sleeping.lock().unwrap_or_else(PoisonError::into_inner) {
             self.bell.notify_all();
         }
     }
@@ -69,7 +94,7 @@ impl Mailbox {
     pub(crate) fn wait(&self, deadline: u64) {
         let mut sleeping = self.sleeping.lock().unwrap_or_else(PoisonError::into_inner);
         *sleeping = true;
-        while self.attention.load(Ordering::SeqCst) == 0 {
+        while self.attention.load(Ordering::SeqCst) & !mail::QUIET == 0 {
             let now = monotonic_ns();
             if now >= deadline {
                 break;
@@ -118,14 +143,19 @@ impl Shared {
         })
     }
 
-    /// Asks every vCPU but `except` to forget cached write permissions, and waits until none can use one any more.
-    fn flush_others(&self, except: Option<u32>) {
+    /// Asks every vCPU but `except` to forget cached write permissions to these pages (or all), and waits until none can
+    /// use one any more.
+    fn flush_others(&self, except: Option<u32>, pages: Option<&[Frame]>) {
         if self.mailboxes.len() == 1 && except.is_some() {
             return;
         }
-        let number = self.flushes.fetch_add(1, Ordering::SeqCst) + 1;
         let others =
             || self.mailboxes.iter().enumerate().filter(|&(i, _)| Some(i as u32) != except).map(|(_, m)| m);
+        // Whoever answers to our number must find the pages.
+        for mailbox in others() {
+            mailbox.ask_to_forget(pages);
+        }
+        let number = self.flushes.fetch_add(1, Ordering::SeqCst) + 1;
         for mailbox in others() {
             mailbox.post(mail::FLUSH);
         }
@@ -180,18 +210,27 @@ impl Cpu {
     pub(crate) fn answer_flush(&mut self) {
         self.mailbox.attention.fetch_and(!mail::FLUSH, Ordering::SeqCst);
         let number = self.shared.flushes.load(Ordering::SeqCst);
-        self.tlb.forget_writes();
+        let nothing = Forget::These(Vec::new());
+        let forget = std::mem::replace(
+            &mut *self.mailbox.forget.lock().unwrap_or_else(PoisonError::into_inner),
+            nothing,
+        );
+        match forget {
+            Forget::These(pages) => pages.into_iter().for_each(|page| self.tlb.forget_writes_to(page)),
+            Forget::All => self.tlb.forget_writes(),
+        }
         self.mailbox.flushed.fetch_max(number, Ordering::SeqCst);
     }
 
-    /// Makes every vCPU of the VM forget cached write permissions to these pages (of the host): they have become watched.
-    pub(crate) fn everyone_forgets_writes(&mut self, pages: [NonNull<u8>; 2]) {
+    /// Makes every vCPU of the VM forget cached write permissions to these pages: they have become watched.
+    pub(crate) fn everyone_forgets_writes(&mut self, pages: [Frame; 2]) {
         self.tlb.forget_writes_to(pages[0]);
         if pages[1] != pages[0] {
             self.tlb.forget_writes_to(pages[1]);
         }
         let was_in = self.mailbox.in_guest.swap(false, Ordering::SeqCst);
-        self.shared.flush_others(Some(self.id));
+        let asked = if pages[1] == pages[0] { &pages[..1] } else { &pages[..] };
+        self.shared.flush_others(Some(self.id), Some(asked));
         if was_in {
             self.enter_guest();
         }
@@ -257,8 +296,13 @@ impl Vm for SoftwareVm {
         let mailbox = self.shared.mailboxes.get(id as usize);
         let mailbox = mailbox
             .ok_or_else(|| HvError::Invalid(format!("vCPU {id} of {}", self.shared.mailboxes.len())))?;
-        let cpu =
+        let mut cpu =
             Cpu::new(id, self.memory.clone(), self.shared.clone(), mailbox.clone(), self.clock.clone())?;
+        if std::env::var("SKEP_ENGINE").as_deref() == Ok("jit") {
+            let jit = crate::jit::Jit::new()
+                .map_err(|source| HvError::Os { what: "executable memory for the software CPU", source })?;
+            cpu.jit = Some(Box::new(jit));
+        }
         Ok(Box::new(SoftwareVcpu { cpu }))
     }
 
@@ -267,7 +311,7 @@ impl Vm for SoftwareVm {
     }
 
     fn sync_dirty_log(&self) -> Result<(), HvError> {
-        self.shared.flush_others(None);
+        self.shared.flush_others(None, None);
         Ok(())
     }
 
@@ -309,5 +353,117 @@ impl Vcpu for SoftwareVcpu {
 
     fn stats(&self) -> VcpuStats {
         self.cpu.stats.clone()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use skep_memory::{HostPage, RegionKind, RegionSpec};
+
+    use super::*;
+    use crate::mmu::{Context, Found};
+
+    const PAGE: u64 = 4096;
+    const PAGES: usize = 32;
+
+    fn processors() -> [Box<Cpu>; 2] {
+        let ram = RegionSpec { start: 0, size: PAGES as u64 * PAGE, kind: RegionKind::Ram };
+        let memory = GuestMemory::new(&[ram]).unwrap();
+        let shared = Shared::new(VmOptions { vcpus: 2, tsc_hz: Some(1_000_000_000), ..VmOptions::default() });
+        [0, 1].map(|id: u32| {
+            let tsc = system::Tsc::new(1_000_000_000);
+            let mailbox = shared.mailboxes[id as usize].clone();
+            Cpu::new(id, memory.clone(), shared.clone(), mailbox, tsc).unwrap()
+        })
+    }
+
+    fn page(cpu: &Cpu, at: usize) -> HostPage {
+        cpu.memory.page(at as u64 * PAGE).unwrap()
+    }
+
+    fn frame(cpu: &Cpu, at: usize) -> Frame {
+        let page = page(cpu, at);
+        Frame { host: page.host.as_ptr() as u64, index: page.index }
+    }
+
+    fn fill(cpu: &mut Cpu, at: usize) {
+        let found = Found { gpa: 0, page: page(cpu, at), free: true, shift: 12 };
+        cpu.tlb.select(Context::Kernel);
+        cpu.tlb.fill(Context::Kernel, at as u64 * PAGE, found, false);
+    }
+
+    fn writable(cpu: &Cpu) -> Vec<usize> {
+        (0..PAGES).filter(|&at| cpu.tlb.write(at as u64 * PAGE, 8).is_some()).collect()
+    }
+
+    #[test]
+    fn a_flush_is_about_the_pages_it_names() {
+        let [mut a, mut b] = processors();
+        (0..PAGES).for_each(|at| fill(&mut b, at));
+        let (three, five) = (frame(&a, 3), frame(&a, 5));
+        a.everyone_forgets_writes([three, five]);
+        assert_eq!(writable(&b).len(), PAGES, "it is not in the guest and has not answered");
+        b.enter_guest();
+        let others = |at: &usize| ![3, 5].contains(at);
+        assert_eq!(writable(&b), (0..PAGES).filter(others).collect::<Vec<_>>());
+        // More pages than a mailbox names: all.
+        b.mailbox.in_guest.store(false, Ordering::SeqCst);
+        for at in 6..6 + NAMED + 1 {
+            let page = frame(&a, at);
+            a.everyone_forgets_writes([page, page]);
+        }
+        b.enter_guest();
+        assert!(writable(&b).is_empty());
+        fill(&mut b, 9);
+        b.mailbox.in_guest.store(false, Ordering::SeqCst);
+        b.shared.clone().flush_others(None, None);
+        b.enter_guest();
+        assert!(writable(&b).is_empty(), "the dirty log was taken");
+    }
+
+    #[test]
+    fn nobody_writes_to_a_page_once_all_were_asked_to_forget_it() {
+        let [mut a, mut b] = processors();
+        let closed: Arc<Vec<AtomicBool>> = Arc::new((0..PAGES).map(|_| AtomicBool::new(false)).collect());
+        let over = Arc::new(AtomicBool::new(false));
+        let (seen, end) = (closed.clone(), over.clone());
+        let other = std::thread::spawn(move || {
+            b.enter_guest();
+            let mut writes = 0u64;
+            for at in (0..PAGES).cycle() {
+                if end.load(Ordering::SeqCst) {
+                    break;
+                }
+                // One block: it may write where the page is cached, or fill it if it is not watched.
+                let shut = seen[at].load(Ordering::SeqCst);
+                if b.tlb.write(at as u64 * PAGE, 8).is_some() {
+                    assert!(!shut, "page {at} is watched");
+                    writes += 1;
+                } else if b.memory.watch(at).load(Ordering::SeqCst) == 0 {
+                    fill(&mut b, at);
+                }
+                if b.mailbox.attention.load(Ordering::Relaxed) & mail::FLUSH != 0 {
+                    b.answer_flush();
+                }
+                if at == 7 {
+                    b.mailbox.in_guest.store(false, Ordering::SeqCst);
+                    b.enter_guest();
+                }
+            }
+            b.mailbox.in_guest.store(false, Ordering::SeqCst);
+            writes
+        });
+        for round in 0..20_000 {
+            let at = round * 7 % PAGES;
+            a.memory.watch(at).store(1, Ordering::SeqCst);
+            let page = frame(&a, at);
+            a.everyone_forgets_writes([page, page]);
+            closed[at].store(true, Ordering::SeqCst);
+            std::hint::spin_loop();
+            closed[at].store(false, Ordering::SeqCst);
+            a.memory.watch(at).store(0, Ordering::SeqCst);
+        }
+        over.store(true, Ordering::SeqCst);
+        assert!(other.join().unwrap() > 0);
     }
 }

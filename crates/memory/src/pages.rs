@@ -38,6 +38,10 @@ impl Books {
         }
     }
 
+    pub(crate) fn pages(&self) -> usize {
+        self.watch.len()
+    }
+
     pub(crate) fn watch(&self, page: usize) -> &AtomicU64 {
         &self.watch[page]
     }

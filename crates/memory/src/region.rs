@@ -282,6 +282,11 @@ impl GuestMemory {
         self.0.books.written(page, offset, len as u64);
     }
 
+    /// How many pages the books have: [`HostPage::index`] is less.
+    pub fn page_count(&self) -> usize {
+        self.0.books.pages()
+    }
+
     /// The watch mask of a page (by [`HostPage::index`]): one bit per [`crate::WATCH_GRANULE`] bytes that hold decoded
     /// code. A write to a watched granule clears the mask and raises [`GuestMemory::version`].
     pub fn watch(&self, page: usize) -> &AtomicU64 {

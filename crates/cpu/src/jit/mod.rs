@@ -294,7 +294,7 @@ impl Cpu {
     #[cold]
     fn changed_code(&mut self, epoch: u32) {
         self.code_epoch = epoch;
-        self.tlb.generation = self.tlb.generation.wrapping_add(1);
+        self.tlb.code_changed();
         if let Some(jit) = &mut self.jit {
             jit.drop_changed(&self.memory);
         }
@@ -386,7 +386,7 @@ impl Cpu {
             let len = (last.end() - at) as usize;
             let fresh = self.watch(page.index, at as usize, len);
             if fresh {
-                self.everyone_forgets_writes([page.host, page.host]);
+                self.everyone_forgets_writes([page.frame(), page.frame()]);
             }
             let version = self.memory.version(page.index).load(Ordering::SeqCst);
             // From here on a write raises the version; what was read before may be stale already.
