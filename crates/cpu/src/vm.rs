@@ -9,7 +9,7 @@ use skep_hv::state::{CpuState, StateError, StateGroups};
 use skep_hv::{
     HvError, Hypervisor, Kick, Probe, RunEnd, Vcpu, VcpuIo, VcpuStats, Vm, VmOptions, monotonic_ns,
 };
-use skep_memory::GuestMemory;
+use skep_memory::{CodeListener, GuestMemory};
 
 use crate::cpu::Cpu;
 use crate::mmu::Frame;
@@ -25,8 +25,10 @@ pub(crate) mod mail {
     pub(crate) const FLUSH: u32 = 1 << 2;
     /// Somebody must be alone for a moment.
     pub(crate) const STAND_STILL: u32 = 1 << 3;
-    /// What a sleeper need not wake for: it sees to it before it enters the guest again.
-    pub(crate) const QUIET: u32 = FLUSH | STAND_STILL;
+    /// Decoded code was overwritten, as [`skep_memory::GuestMemory::epoch`] says; this only ends loops that look nowhere else.
+    pub(crate) const CODE: u32 = 1 << 4;
+    /// What a sleeper need not wake for: it sees to it before it executes anything again.
+    pub(crate) const QUIET: u32 = FLUSH | STAND_STILL | CODE;
 }
 
 /// Pages in a mailbox before all are meant.
@@ -125,19 +127,25 @@ pub(crate) struct Shared {
     pub(crate) cpuid: CpuidTable,
     /// Guest TSC frequency in Hz.
     pub(crate) tsc_hz: u64,
-    mailboxes: Vec<Arc<Mailbox>>,
+    mailboxes: Arc<[Arc<Mailbox>]>,
+    /// Posts [`mail::CODE`]; guest memory has a weak reference.
+    code_listener: Arc<CodeListener>,
     flushes: AtomicU64,
     alone: AtomicBool,
 }
 
 impl Shared {
     pub(crate) fn new(options: VmOptions) -> Arc<Self> {
-        let mailboxes = (0..options.vcpus).map(|_| Arc::new(Mailbox::new())).collect();
+        let mailboxes: Arc<[_]> = (0..options.vcpus).map(|_| Arc::new(Mailbox::new())).collect();
+        let listening = mailboxes.clone();
+        let code_listener =
+            Arc::new(move || listening.iter().for_each(|m: &Arc<Mailbox>| m.post(mail::CODE)));
         let tsc_hz = options.tsc_hz.unwrap_or_else(system::host_tsc_hz);
         Arc::new(Self {
             cpuid: options.cpuid,
             tsc_hz,
             mailboxes,
+            code_listener,
             flushes: AtomicU64::new(0),
             alone: AtomicBool::new(false),
         })
@@ -281,6 +289,7 @@ impl Hypervisor for Software {
         }
         let shared = Shared::new(options);
         let clock = system::Tsc::new(shared.tsc_hz);
+        memory.on_code_change(Arc::downgrade(&shared.code_listener));
         Ok(Arc::new(SoftwareVm { memory, shared, clock }))
     }
 }
@@ -414,6 +423,31 @@ mod tests {
         b.shared.clone().flush_others(None, None);
         b.enter_guest();
         assert!(writable(&b).is_empty(), "the dirty log was taken");
+    }
+
+    #[test]
+    fn a_change_of_code_is_told_to_all_and_wakes_nobody() {
+        let [a, b] = processors();
+        a.memory.on_code_change(Arc::downgrade(&a.shared.code_listener));
+        let sleeper = b.mailbox.clone();
+        let asleep = std::thread::spawn(move || sleeper.wait(u64::MAX));
+        while !*b.mailbox.sleeping.lock().unwrap() {
+            std::thread::yield_now();
+        }
+        a.memory.watch(0).store(1, Ordering::SeqCst);
+        a.memory.write_u8(0, 1).unwrap();
+        for cpu in [&a, &b] {
+            assert_eq!(cpu.mailbox.attention.load(Ordering::SeqCst), mail::CODE);
+        }
+        std::thread::sleep(Duration::from_millis(5));
+        assert!(!asleep.is_finished());
+        b.mailbox.wake();
+        asleep.join().unwrap();
+        let (memory, shared) = (a.memory.clone(), Arc::downgrade(&a.shared));
+        drop((a, b));
+        assert!(shared.upgrade().is_none());
+        memory.watch(0).store(1, Ordering::SeqCst);
+        memory.write_u8(0, 1).unwrap();
     }
 
     #[test]
