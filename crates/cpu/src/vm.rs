@@ -136,6 +136,8 @@ pub(crate) struct Shared {
     /// Posts [`mail::CODE`]; guest memory has a weak reference.
     code_listener: Arc<CodeListener>,
     flushes: AtomicU64,
+    /// vCPUs that are about to make a page watched and may not have told the others.
+    pub(crate) watching: AtomicU32,
     alone: AtomicBool,
 }
 
@@ -160,6 +162,7 @@ impl Shared {
             mailboxes,
             code_listener,
             flushes: AtomicU64::new(0),
+            watching: AtomicU32::new(0),
             alone: AtomicBool::new(false),
         })
     }
