@@ -64,13 +64,24 @@ impl Cpu {
             }
 
             let on_first = len.min(PAGE as usize - offset);
+            // Somebody else's watch on the page holds only once all have forgotten their writes to it.
+            self.shared.watching.fetch_add(1, Ordering::SeqCst);
             let fresh =
                 self.watch(first.index, offset, on_first) | self.watch(second.index, 0, len - on_first);
-            if fresh {
+            if fresh || self.shared.watching.load(Ordering::SeqCst) != 1 {
                 self.everyone_forgets_writes([first.frame(), second.frame()]);
             }
+            self.shared.watching.fetch_sub(1, Ordering::SeqCst);
             let version = |memory: &GuestMemory, page| memory.version(page).load(Ordering::SeqCst);
             let versions = [version(&self.memory, first.index), version(&self.memory, second.index)];
+            // A write that found an earlier watch may have taken ours away with it.
+            let watched = |page, offset, len| {
+                let mask = GuestMemory::watch_mask(offset as u64, len as u64);
+                self.memory.watch(page).load(Ordering::SeqCst) & mask == mask
+            };
+            if !watched(first.index, offset, on_first) || !watched(second.index, 0, len - on_first) {
+                continue;
+            }
             // From here on a write raises the version; what was read before may be stale already.
             let mut again = [0u8; MAX_OPS * LONGEST + LONGEST];
             copy_code(&first, offset, &mut again[..on_first]);

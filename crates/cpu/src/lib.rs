@@ -13,6 +13,7 @@
 //!
 //! The processor's state is [`cpu::Cpu`]; nothing in it is shared but guest memory and [`vm::Shared`].
 
+pub(crate) mod alarm;
 pub(crate) mod alu;
 pub(crate) mod block;
 pub(crate) mod cpu;

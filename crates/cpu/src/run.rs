@@ -148,6 +148,9 @@ impl Cpu {
                 self.ask_apic = false;
                 self.pending = self.io().interrupts();
                 self.deadline = self.pending.next_ns;
+                if self.shared.uses_alarm {
+                    self.shared.alarm.set(self.id, self.deadline);
+                }
             }
             if self.pending.startup {
                 self.take_startup();

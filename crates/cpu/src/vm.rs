@@ -9,8 +9,9 @@ use skep_hv::state::{CpuState, StateError, StateGroups};
 use skep_hv::{
     HvError, Hypervisor, Kick, Probe, RunEnd, Vcpu, VcpuIo, VcpuStats, Vm, VmOptions, monotonic_ns,
 };
-use skep_memory::GuestMemory;
+use skep_memory::{CodeListener, GuestMemory};
 
+use crate::alarm::Alarm;
 use crate::cpu::Cpu;
 use crate::mmu::Frame;
 use crate::system;
@@ -25,8 +26,10 @@ pub(crate) mod mail {
     pub(crate) const FLUSH: u32 = 1 << 2;
     /// Somebody must be alone for a moment.
     pub(crate) const STAND_STILL: u32 = 1 << 3;
-    /// What a sleeper need not wake for: it sees to it before it enters the guest again.
-    pub(crate) const QUIET: u32 = FLUSH | STAND_STILL;
+    /// Decoded code was overwritten, as [`skep_memory::GuestMemory::epoch`] says; this only ends loops that look nowhere else.
+    pub(crate) const CODE: u32 = 1 << 4;
+    /// What a sleeper need not wake for: it sees to it before it executes anything again.
+    pub(crate) const QUIET: u32 = FLUSH | STAND_STILL | CODE;
 }
 
 /// Pages in a mailbox before all are meant.
@@ -125,20 +128,41 @@ pub(crate) struct Shared {
     pub(crate) cpuid: CpuidTable,
     /// Guest TSC frequency in Hz.
     pub(crate) tsc_hz: u64,
-    mailboxes: Vec<Arc<Mailbox>>,
+    /// vCPUs execute code that looks at no clock: [`Shared::alarm`] must know their deadlines.
+    pub(crate) uses_alarm: bool,
+    /// Posts [`mail::WAKE`] at a vCPU's deadline.
+    pub(crate) alarm: Alarm,
+    mailboxes: Arc<[Arc<Mailbox>]>,
+    /// Posts [`mail::CODE`]; guest memory has a weak reference.
+    code_listener: Arc<CodeListener>,
     flushes: AtomicU64,
+    /// vCPUs that are about to make a page watched and may not have told the others.
+    pub(crate) watching: AtomicU32,
     alone: AtomicBool,
 }
 
 impl Shared {
+    /// For processors that look at the clock themselves.
     pub(crate) fn new(options: VmOptions) -> Arc<Self> {
-        let mailboxes = (0..options.vcpus).map(|_| Arc::new(Mailbox::new())).collect();
+        Self::with_alarm(options, false)
+    }
+
+    /// For processors that, with `uses_alarm`, do not.
+    pub(crate) fn with_alarm(options: VmOptions, uses_alarm: bool) -> Arc<Self> {
+        let mailboxes: Arc<[_]> = (0..options.vcpus).map(|_| Arc::new(Mailbox::new())).collect();
+        let listening = mailboxes.clone();
+        let code_listener =
+            Arc::new(move || listening.iter().for_each(|m: &Arc<Mailbox>| m.post(mail::CODE)));
         let tsc_hz = options.tsc_hz.unwrap_or_else(system::host_tsc_hz);
         Arc::new(Self {
             cpuid: options.cpuid,
             tsc_hz,
+            uses_alarm,
+            alarm: Alarm::new(mailboxes.clone()),
             mailboxes,
+            code_listener,
             flushes: AtomicU64::new(0),
+            watching: AtomicU32::new(0),
             alone: AtomicBool::new(false),
         })
     }
@@ -281,6 +305,7 @@ impl Hypervisor for Software {
         }
         let shared = Shared::new(options);
         let clock = system::Tsc::new(shared.tsc_hz);
+        memory.on_code_change(Arc::downgrade(&shared.code_listener));
         Ok(Arc::new(SoftwareVm { memory, shared, clock }))
     }
 }
@@ -422,14 +447,39 @@ mod tests {
     }
 
     #[test]
+    fn a_change_of_code_is_told_to_all_and_wakes_nobody() {
+        let [a, b] = processors();
+        a.memory.on_code_change(Arc::downgrade(&a.shared.code_listener));
+        let sleeper = b.mailbox.clone();
+        let asleep = std::thread::spawn(move || sleeper.wait(u64::MAX));
+        while !*b.mailbox.sleeping.lock().unwrap() {
+            std::thread::yield_now();
+        }
+        a.memory.watch(0).store(1, Ordering::SeqCst);
+        a.memory.write_u8(0, 1).unwrap();
+        for cpu in [&a, &b] {
+            assert_eq!(cpu.mailbox.attention.load(Ordering::SeqCst), mail::CODE);
+        }
+        std::thread::sleep(Duration::from_millis(5));
+        assert!(!asleep.is_finished());
+        b.mailbox.wake();
+        asleep.join().unwrap();
+        let (memory, shared) = (a.memory.clone(), Arc::downgrade(&a.shared));
+        drop((a, b));
+        assert!(shared.upgrade().is_none());
+        memory.watch(0).store(1, Ordering::SeqCst);
+        memory.write_u8(0, 1).unwrap();
+    }
+
+    #[test]
     fn nobody_writes_to_a_page_once_all_were_asked_to_forget_it() {
         let [mut a, mut b] = processors();
         let closed: Arc<Vec<AtomicBool>> = Arc::new((0..PAGES).map(|_| AtomicBool::new(false)).collect());
         let over = Arc::new(AtomicBool::new(false));
-        let (seen, end) = (closed.clone(), over.clone());
+        let writes = Arc::new(AtomicU64::new(0));
+        let (seen, end, counted) = (closed.clone(), over.clone(), writes.clone());
         let other = std::thread::spawn(move || {
             b.enter_guest();
-            let mut writes = 0u64;
             for at in (0..PAGES).cycle() {
                 if end.load(Ordering::SeqCst) {
                     break;
@@ -438,7 +488,7 @@ mod tests {
                 let shut = seen[at].load(Ordering::SeqCst);
                 if b.tlb.write(at as u64 * PAGE, 8).is_some() {
                     assert!(!shut, "page {at} is watched");
-                    writes += 1;
+                    counted.fetch_add(1, Ordering::Relaxed);
                 } else if b.memory.watch(at).load(Ordering::SeqCst) == 0 {
                     fill(&mut b, at);
                 }
@@ -451,9 +501,13 @@ mod tests {
                 }
             }
             b.mailbox.in_guest.store(false, Ordering::SeqCst);
-            writes
         });
-        for round in 0..20_000 {
+        let mut round = 0;
+        while round < 20_000 || writes.load(Ordering::Relaxed) < 1000 {
+            round += 1;
+            if other.is_finished() {
+                break;
+            }
             let at = round * 7 % PAGES;
             a.memory.watch(at).store(1, Ordering::SeqCst);
             let page = frame(&a, at);
@@ -464,6 +518,6 @@ mod tests {
             a.memory.watch(at).store(0, Ordering::SeqCst);
         }
         over.store(true, Ordering::SeqCst);
-        assert!(other.join().unwrap() > 0);
+        other.join().unwrap();
     }
 }
