@@ -303,7 +303,8 @@ impl Hypervisor for Software {
         if options.vcpus == 0 || options.vcpus > 255 {
             return Err(HvError::Invalid(format!("{} vCPUs; a VM has 1 to 255", options.vcpus)));
         }
-        let shared = Shared::new(options);
+        let translates = std::env::var("SKEP_ENGINE").as_deref() == Ok("jit");
+        let shared = Shared::with_alarm(options, translates);
         let clock = system::Tsc::new(shared.tsc_hz);
         memory.on_code_change(Arc::downgrade(&shared.code_listener));
         Ok(Arc::new(SoftwareVm { memory, shared, clock }))

@@ -238,6 +238,15 @@ impl Jit {
         ((linear as u32 >> JUMP_SHIFT ^ linear as u32) & (JUMPS as u32 - 1)) as usize
     }
 
+    /// Drops the code of a page.
+    fn drop_page(&mut self, page: usize) {
+        if let Some(code) = self.pages.remove(&page) {
+            for block in &code.blocks {
+                self.blocks.remove(block);
+            }
+        }
+    }
+
     /// Drops the code of pages that have changed.
     fn drop_changed(&mut self, memory: &GuestMemory) {
         let Self { pages, blocks, .. } = self;
@@ -293,10 +302,16 @@ impl Cpu {
 
     #[cold]
     fn changed_code(&mut self, epoch: u32) {
-        self.code_epoch = epoch;
         self.tlb.code_changed();
-        if let Some(jit) = &mut self.jit {
-            jit.drop_changed(&self.memory);
+        let Some(jit) = &mut self.jit else {
+            self.code_epoch = epoch;
+            return;
+        };
+        let changes = self.memory.changed_since(self.code_epoch);
+        self.code_epoch = changes.epoch;
+        match changes.pages {
+            Some(pages) => pages.iter().for_each(|&page| jit.drop_page(page)),
+            None => jit.drop_changed(&self.memory),
         }
     }
 
@@ -384,11 +399,7 @@ impl Cpu {
                 translate::decode(&bytes, at, jit.most, key, &mut jit.table, &shared.cpuid);
             let Some(last) = insns.last() else { return Ok(None) };
             let len = (last.end() - at) as usize;
-            let fresh = self.watch(page.index, at as usize, len);
-            if fresh {
-                self.everyone_forgets_writes([page.frame(), page.frame()]);
-            }
-            let version = self.memory.version(page.index).load(Ordering::SeqCst);
+            let Some([version, _]) = self.watch_code([(page, at as usize, len), (page, 0, 0)]) else { continue };
             // From here on a write raises the version; what was read before may be stale already.
             let mut again = [0u8; MAX_INSTRUCTIONS * 15];
             crate::decode::copy_code(&page, at as usize, &mut again[..len]);
