@@ -216,7 +216,7 @@ describe('the inside', () => {
   test('counters and the diagnosis are parsed', async () => {
     const { vm } = await machine()
     expect((await vm.stats()).vcpus[0]?.instructions).toBe(5)
-    expect(diagnose().accelerator.auto).toBe('software')
+    expect(diagnose()).toMatchObject({ accelerator: { auto: 'software' }, engine: { auto: 'jit' } })
   })
 })
 
