@@ -35,4 +35,4 @@ pub(crate) mod system;
 pub(crate) mod vm;
 
 pub use step::Interpreter;
-pub use vm::Software;
+pub use vm::{Engine, Software};

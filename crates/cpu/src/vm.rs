@@ -122,8 +122,23 @@ impl Kick for Mailbox {
     }
 }
 
+/// What executes guest instructions.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+pub enum Engine {
+    /// The JIT; the interpreter for what is not worth a translation or has none.
+    #[default]
+    Jit,
+    /// The interpreter alone.
+    Interpreter,
+    /// Both, block by block, for diagnosis: what the JIT makes of a block is compared with what the interpreter does. It
+    /// takes exactly one vCPU, because another one would change memory in between.
+    Lockstep,
+}
+
 /// What all vCPUs of a VM share.
 pub(crate) struct Shared {
+    /// What executes guest instructions.
+    pub(crate) engine: Engine,
     /// What CPUID shows.
     pub(crate) cpuid: CpuidTable,
     /// Guest TSC frequency in Hz.
@@ -142,22 +157,22 @@ pub(crate) struct Shared {
 }
 
 impl Shared {
-    /// For processors that look at the clock themselves.
+    /// For vCPUs that the interpreter runs.
     pub(crate) fn new(options: VmOptions) -> Arc<Self> {
-        Self::with_alarm(options, false)
+        Self::with_engine(options, Engine::Interpreter)
     }
 
-    /// For processors that, with `uses_alarm`, do not.
-    pub(crate) fn with_alarm(options: VmOptions, uses_alarm: bool) -> Arc<Self> {
+    pub(crate) fn with_engine(options: VmOptions, engine: Engine) -> Arc<Self> {
         let mailboxes: Arc<[_]> = (0..options.vcpus).map(|_| Arc::new(Mailbox::new())).collect();
         let listening = mailboxes.clone();
         let code_listener =
             Arc::new(move || listening.iter().for_each(|m: &Arc<Mailbox>| m.post(mail::CODE)));
         let tsc_hz = options.tsc_hz.unwrap_or_else(system::host_tsc_hz);
         Arc::new(Self {
+            engine,
             cpuid: options.cpuid,
             tsc_hz,
-            uses_alarm,
+            uses_alarm: engine == Engine::Jit,
             alarm: Alarm::new(mailboxes.clone()),
             mailboxes,
             code_listener,
@@ -279,12 +294,19 @@ impl Cpu {
 
 /// The software CPU as a hypervisor: available on every x86-64 host.
 #[derive(Debug, Default, Clone, Copy)]
-pub struct Software;
+pub struct Software {
+    engine: Engine,
+}
 
 impl Software {
-    /// The back end.
+    /// The back end with its default engine.
     pub fn new() -> Self {
-        Self
+        Self::default()
+    }
+
+    /// The back end with this engine.
+    pub fn with_engine(engine: Engine) -> Self {
+        Self { engine }
     }
 }
 
@@ -303,8 +325,11 @@ impl Hypervisor for Software {
         if options.vcpus == 0 || options.vcpus > 255 {
             return Err(HvError::Invalid(format!("{} vCPUs; a VM has 1 to 255", options.vcpus)));
         }
-        let translates = std::env::var("SKEP_ENGINE").as_deref() == Ok("jit");
-        let shared = Shared::with_alarm(options, translates);
+        let shared = Shared::with_engine(options, self.engine);
+        if shared.engine == Engine::Lockstep && shared.mailboxes.len() != 1 {
+            let vcpus = shared.mailboxes.len();
+            return Err(HvError::Invalid(format!("{vcpus} vCPUs; lockstep takes exactly one")));
+        }
         let clock = system::Tsc::new(shared.tsc_hz);
         memory.on_code_change(Arc::downgrade(&shared.code_listener));
         Ok(Arc::new(SoftwareVm { memory, shared, clock }))
@@ -324,7 +349,7 @@ impl Vm for SoftwareVm {
             .ok_or_else(|| HvError::Invalid(format!("vCPU {id} of {}", self.shared.mailboxes.len())))?;
         let mut cpu =
             Cpu::new(id, self.memory.clone(), self.shared.clone(), mailbox.clone(), self.clock.clone())?;
-        if std::env::var("SKEP_ENGINE").as_deref() == Ok("jit") {
+        if self.shared.engine == Engine::Jit {
             let jit = crate::jit::Jit::new()
                 .map_err(|source| HvError::Os { what: "executable memory for the software CPU", source })?;
             cpu.jit = Some(Box::new(jit));
@@ -520,5 +545,16 @@ mod tests {
         }
         over.store(true, Ordering::SeqCst);
         other.join().unwrap();
+    }
+
+    #[test]
+    fn lockstep_takes_one_vcpu() {
+        for (vcpus, taken) in [(1, true), (2, false)] {
+            let ram = RegionSpec { start: 0, size: 0x1000, kind: RegionKind::Ram };
+            let memory = GuestMemory::new(&[ram]).unwrap();
+            let options = VmOptions { vcpus, tsc_hz: Some(1_000_000_000), ..VmOptions::default() };
+            let vm = Software::with_engine(Engine::Lockstep).create_vm(memory, options);
+            assert_eq!(vm.is_ok(), taken);
+        }
     }
 }

@@ -387,7 +387,7 @@ impl Cpu {
         }
         if jit.memory.room() < RESERVE {
             jit.clear();
-            self.stats_flushed();
+            self.stats.translations.flushes += 1;
         }
         let at = (linear % PAGE) as u16;
         loop {
@@ -439,13 +439,14 @@ impl Cpu {
                 pages.version = version;
             }
             pages.blocks.push(id);
-            self.stats.blocks += 1;
+            let made = &mut self.stats.translations;
+            made.blocks += 1;
+            made.instructions += insns.len() as u64;
+            made.bytes += code.len() as u64;
             self.dump(&insns, linear, &code);
             return Ok(Some(entry));
         }
     }
-
-    fn stats_flushed(&mut self) {}
 
     fn dump(&self, insns: &[translate::Decoded], linear: u64, code: &[u8]) {
         if std::env::var_os("SKEP_JIT_DUMP").is_some() {
