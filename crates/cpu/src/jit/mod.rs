@@ -373,9 +373,11 @@ impl Cpu {
             let to = if open.link.in_host { entry.from_host } else { entry.from_memory };
             jit.memory.link(open.link.end, to);
         }
-        // Translating may have made others flush us.
-        jit.jumps[Jit::slot(linear)] =
-            Jump { linear, stamp: self.code_stamp(), code: entry.from_memory, unused: 0 };
+        if jit.chain {
+            // Translating may have made others flush us.
+            let stamp = self.code_stamp();
+            jit.jumps[Jit::slot(linear)] = Jump { linear, stamp, code: entry.from_memory, unused: 0 };
+        }
         Ok(Found::Code(entry.from_memory))
     }
 
@@ -508,16 +510,7 @@ impl Cpu {
         self.notice_changed_code();
         self.raised = crate::fault::Raised::None;
         self.hot.keep_raised = true;
-        // Nothing that it jumps to is found.
-        if let Some(jit) = &mut self.jit {
-            jit.jumps.fill(NO_JUMP);
-        }
-        let found = self.find_code(self.rip);
-        if let Some(jit) = &mut self.jit {
-            let slot = Jit::slot(self.rip);
-            jit.jumps[slot] = NO_JUMP;
-        }
-        let entered = match found {
+        let entered = match self.find_code(self.rip) {
             Ok(Found::Code(code)) => {
                 self.enter_code(code);
                 if !self.canonical(self.rip) {

@@ -81,13 +81,15 @@ pub(super) struct Table {
 
 impl Table {
     pub(super) fn new() -> Self {
-        let known = std::iter::repeat_with(|| None).take(Code::values().len()).collect();
+        let known = std::iter::repeat_with(|| None).take(2 * Code::values().len()).collect();
         Self { known, factory: InstructionInfoFactory::new() }
     }
 
     pub(super) fn get(&mut self, insn: &Instruction, cpuid: &CpuidTable) -> &Info {
         let Self { known, factory } = self;
-        known[insn.code() as usize].get_or_insert_with(|| Box::new(look(insn, cpuid, factory)))
+        // With an operand in memory it may be quite another thing.
+        let memory = insn.op_kinds().any(|kind| kind == OpKind::Memory);
+        known[2 * insn.code() as usize + usize::from(memory)].get_or_insert_with(|| Box::new(look(insn, cpuid, factory)))
     }
 }
 
@@ -119,7 +121,12 @@ fn look(insn: &Instruction, cpuid: &CpuidTable, factory: &mut InstructionInfoFac
         );
         info.written |= u8::from(writes) << i;
     }
-    info.counted = counted(insn);
+    if let Some(changed) = counted(insn) {
+        // What an instruction says of itself depends on its count.
+        info.counted = true;
+        info.flags_changed = changed;
+        info.flags_read = if matches!(insn.mnemonic(), Mnemonic::Rcl | Mnemonic::Rcr) { 1 } else { 0 };
+    }
     info.class = class(insn);
     if info.class != Class::Handler || is_general(insn) {
         if is_general(insn) {
@@ -277,13 +284,15 @@ fn is_conditional(insn: &Instruction) -> bool {
         && (0..insn.op_count()).all(|i| insn.op_kind(i) != OpKind::Register || insn.op_register(i).is_gpr())
 }
 
-/// Shifts and rotates by CL.
-fn counted(insn: &Instruction) -> bool {
+/// The status flags that shifts and rotates change, if they shift at all.
+fn counted(insn: &Instruction) -> Option<u16> {
     use Mnemonic as M;
-    matches!(
-        insn.mnemonic(),
-        M::Shl | M::Sal | M::Shr | M::Sar | M::Rol | M::Ror | M::Rcl | M::Rcr | M::Shld | M::Shrd
-    )
+    match insn.mnemonic() {
+        M::Shl | M::Sal | M::Shr | M::Sar | M::Shld | M::Shrd => Some(STATUS_FLAGS),
+        // CF and OF.
+        M::Rol | M::Ror | M::Rcl | M::Rcr => Some(0x801),
+        _ => None,
+    }
 }
 
 fn field(kind: OpCodeOperandKind) -> Field {

@@ -510,10 +510,9 @@ impl Translator<'_> {
     }
 
     fn wanted(&self, d: &Decoded, size: usize, write: bool) -> Wanted {
-        let stack = matches!(
-            d.insn.memory_base(),
-            Register::RSP | Register::RBP | Register::ESP | Register::EBP
-        );
+        let over = matches!(d.insn.memory_segment(), Register::FS | Register::GS);
+        let base = d.insn.memory_base();
+        let stack = !over && matches!(base, Register::RSP | Register::RBP | Register::ESP | Register::EBP);
         Wanted::new(d.at, d.insn.len() as u8, size as u8, write).on_stack(stack)
     }
 
@@ -551,10 +550,7 @@ impl Translator<'_> {
         if info.flags_read != 0 || d.live_out & !changed != 0 && info.flags_changed != 0 {
             self.want_flags(R9);
         }
-        let high = (0..insn.op_count()).any(|i| {
-            matches!(insn.op_register(i), Register::AH | Register::BH | Register::CH | Register::DH)
-                && insn.op_kind(i) == OpKind::Register
-        });
+        let high = has_high_byte(insn);
         // Registers that stay in memory get what is free.
         let mut free = if memory.is_some() { vec![R10, R9] } else { vec![R10, R9, R8] };
         let mut placed: [Option<(u8, u8)>; 4] = [None; 4];
@@ -962,6 +958,13 @@ fn has_small_address(insn: &Instruction) -> bool {
     base.size() == 4 || index.size() == 4 || absolute && insn.memory_displ_size() == 4
 }
 
+fn has_high_byte(insn: &Instruction) -> bool {
+    (0..insn.op_count()).any(|i| {
+        insn.op_kind(i) == OpKind::Register
+            && matches!(insn.op_register(i), Register::AH | Register::BH | Register::CH | Register::DH)
+    })
+}
+
 fn memory_operand(insn: &Instruction) -> Option<u32> {
     (0..insn.op_count()).find(|&i| insn.op_kind(i) == OpKind::Memory)
 }
@@ -988,7 +991,12 @@ pub(super) fn needs_handler(insn: &Instruction, info: &Info, key: Key) -> bool {
                 && memory.is_some()
                 && insn.op_kind(1) == OpKind::Register;
             let implicit = insn.op_kinds().any(|k| k > OpKind::Immediate32to64 && k != OpKind::Memory);
-            unavailable || bit_string || implicit || odd || memory.is_some() && (size == 0 || size > 64)
+            // High bytes allow no REX prefix, which the stand-in for RSP needs.
+            let clash = has_high_byte(insn) && (0..insn.op_count()).any(|i| operand_number(insn, i) == Some(RSP));
+            // F3 makes one form of XCHG another instruction.
+            let repeated = insn.mnemonic() == M::Xchg && insn.has_rep_prefix();
+            let strange = bit_string || implicit || odd || clash || repeated;
+            unavailable || strange || memory.is_some() && (size == 0 || size > 64)
         }
         Class::Lea => odd || insn.op0_register().size() == 2,
         Class::Push | Class::JumpIndirect | Class::CallIndirect => odd || memory.is_some() && size != 8,
