@@ -6,8 +6,9 @@
 //   guest program MS PATH [ARG]...   runs a program over and over for at least MS milliseconds
 //   guest list                       prints the kernels: name, group, unit
 //
-// Time is measured between the lines "@begin" and "@end NS OPERATIONS FIRST", which tell the nanoseconds by this machine's clock,
-// the operations, and the nanoseconds of a program's first run, which is not counted. "@skip REASON" stands for both.
+// Time is measured between the lines "@begin" and "@end NS OPERATIONS FIRST CPU", which tell the nanoseconds by this machine's
+// clock, the operations, the nanoseconds of a program's first run, which is not counted, and those of processor time.
+// "@skip REASON" stands for both.
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
@@ -22,6 +23,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
 #include <termios.h>
@@ -42,6 +44,18 @@ static uint64_t now(void) {
     struct timespec time;
     clock_gettime(CLOCK_MONOTONIC, &time);
     return (uint64_t)time.tv_sec * 1000000000u + (uint64_t)time.tv_nsec;
+}
+
+/// Processor time of this process and of its children that have ended.
+static uint64_t processor_time(void) {
+    uint64_t sum = 0;
+    for (int who = RUSAGE_CHILDREN; who <= RUSAGE_SELF; who++) {
+        struct rusage usage;
+        getrusage(who, &usage);
+        sum += (uint64_t)(usage.ru_utime.tv_sec + usage.ru_stime.tv_sec) * 1000000000u;
+        sum += (uint64_t)(usage.ru_utime.tv_usec + usage.ru_stime.tv_usec) * 1000u;
+    }
+    return sum;
 }
 
 static _Noreturn void fail(const char *what) {
@@ -619,16 +633,20 @@ static void say(const char *text) {
     if (write(STDOUT_FILENO, text, length) != (ssize_t)length) exit(1);
 }
 
+static uint64_t begun, begun_processor;
+
 /// What was printed is on the line when the clock starts.
-static uint64_t begin(void) {
+static void begin(void) {
     say("@begin\n");
     tcdrain(STDOUT_FILENO);
-    return now();
+    begun_processor = processor_time();
+    begun = now();
 }
 
-static void end(uint64_t nanoseconds, uint64_t operations, uint64_t first) {
-    char line[96];
-    snprintf(line, sizeof line, "@end %lu %lu %lu\n", nanoseconds, operations, first);
+static void end(uint64_t operations, uint64_t first) {
+    char line[120];
+    uint64_t took = now() - begun, processor = processor_time() - begun_processor;
+    snprintf(line, sizeof line, "@end %lu %lu %lu %lu\n", took, operations, first, processor);
     say(line);
 }
 
@@ -656,9 +674,9 @@ static int run_kernel(uint64_t wanted, const char *name) {
             took = timed(kernel, batches * kernel->batch);
         }
         uint64_t count = ((uint64_t)((double)batches * (double)wanted / (double)took) + 1) * kernel->batch;
-        uint64_t started = begin();
+        begin();
         kernel->run(count);
-        end(now() - started, count, 0);
+        end(count, 0);
         return 0;
     }
     fprintf(stderr, "there is no kernel %s\n", name);
@@ -688,14 +706,13 @@ static void run_once(char **arguments) {
 static int run_program(uint64_t wanted, char **arguments) {
     uint64_t started = now();
     run_once(arguments);
-    uint64_t first = now() - started, count = 0, took;
-    started = begin();
+    uint64_t first = now() - started, count = 0;
+    begin();
     do {
         run_once(arguments);
         count++;
-        took = now() - started;
-    } while (took < wanted);
-    end(took, count, first);
+    } while (now() - begun < wanted);
+    end(count, first);
     return 0;
 }
 

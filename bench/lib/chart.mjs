@@ -5,8 +5,8 @@ const INK = '#1f2937'
 const FAINT = '#6b7280'
 const GRID = '#e5e7eb'
 const WIDTH = 960
-const LEFT = 150
-const RIGHT = 110
+const LEFT = 176
+const RIGHT = 120
 const MARGIN = 28
 const BAR = 8
 const GAP = 2
@@ -44,7 +44,8 @@ export function chart({ title, notes, axis, column, series, groups }) {
     .filter((value) => value > 0)
   const ticks = decades(Math.min(1, ...values), Math.max(10, ...values))
   const width = WIDTH - LEFT - RIGHT - MARGIN
-  const scale = (value) => LEFT + (Math.log(value / ticks[0]) / Math.log(ticks.at(-1) / ticks[0])) * width
+  const most = Math.min(ticks.at(-1), Math.max(10, ...values) * 1.2)
+  const scale = (value) => LEFT + (Math.log(value / ticks[0]) / Math.log(most / ticks[0])) * width
   const row = series.length * (BAR + GAP) + ROW
 
   const parts = [text(MARGIN, 40, title, { size: 20, weight: 700 })]
@@ -93,13 +94,13 @@ export function chart({ title, notes, axis, column, series, groups }) {
     y += 6
   }
   const grid = []
-  for (const tick of ticks) {
+  for (const tick of ticks.filter((tick) => tick <= most)) {
     const at = round(scale(tick))
     grid.push(
       `<line x1="${at}" y1="${top}" x2="${at}" y2="${y}" stroke="${tick === 1 ? FAINT : GRID}" stroke-width="1"/>`,
     )
     grid.push(text(at, numbers, `${shown(tick)}×`, { anchor: 'middle', fill: FAINT, size: 10 }))
-    for (const part of tick === ticks.at(-1) ? [] : [2, 5]) {
+    for (const part of [2, 5].filter((part) => tick * part <= most)) {
       const minor = round(scale(tick * part))
       grid.push(`<line x1="${minor}" y1="${top}" x2="${minor}" y2="${y}" stroke="${GRID}" stroke-width="0.5"/>`)
     }

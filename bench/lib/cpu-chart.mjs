@@ -39,12 +39,12 @@ export function picture({ lines, groups }, peers, about) {
     title: native ? 'Time in a guest, as a multiple of native time' : "Skep's software CPU against QEMU's TCG",
     notes: [
       `${about.cpu}, ${about.threads} threads, Linux ${about.kernel}; ${about.qemu ?? 'without QEMU'}`,
-      `Skep ${about.commit?.slice(0, 10)}${about.dirty ? ' and changes' : ''}; ${about.options.cpus} vCPU; medians of ${about.options.runs}; ${about.date.slice(0, 10)}`,
+      `Skep ${about.commit?.slice(0, 10)}${about.dirty ? ' and changes' : ''}; ${about.options.cpus} vCPU; ${about.options.time} time, medians of ${about.options.runs}; ${about.date.slice(0, 10)}`,
     ],
     axis: native
       ? 'times native time, logarithmic: shorter is faster'
       : 'times faster than TCG, logarithmic: longer is better',
-    column: peers.includes('tcg') ? 'Skep, of TCG’s speed' : '',
+    column: peers.includes('tcg') ? 'Skep’s speed, TCG = 1' : '',
     series,
     groups: [
       { title: 'Geometric means', rows: groups.map((group) => row(group.name, group, true)) },

@@ -18,8 +18,18 @@ const SUMMARIES = [
 /** Whether the guest's clock and the host's have told about the same. */
 export const clockAgrees = ({ guestNs, hostNs }) => Math.abs(hostNs - guestNs) <= guestNs * CLOCK_PART + CLOCK_NS
 
-/** Nanoseconds an operation took: by the guest's clock, unless the host's says otherwise. */
-export const perOperation = (sample) => (clockAgrees(sample) ? sample.guestNs : sample.hostNs) / sample.operations
+/** Nanoseconds an operation took, by each way of telling: what the process used of the processors does without its waiting. */
+const TIMES = {
+  // By the guest's clock, unless the host's says otherwise.
+  wall: (sample) => (clockAgrees(sample) ? sample.guestNs : sample.hostNs) / sample.operations,
+  cpu: (sample) => (sample.cpuMs * 1e6) / sample.operations,
+}
+
+export const times = Object.keys(TIMES)
+export const perOperation = (sample, time = 'wall') => TIMES[time](sample)
+
+/** Whether a process that had work to do all the time had to wait for a processor. */
+const waited = ({ cpuMs, hostNs }) => cpuMs * 1e6 < hostNs * 0.9 - CLOCK_NS
 
 const measured = (sample) => sample?.operations !== undefined
 
@@ -33,19 +43,20 @@ function ratio(samples, [above, below], value) {
 }
 
 /** One line: a subject, what an operation took under each peer, and the ratios. */
-function line(subject, samples) {
+function line(subject, samples, time) {
+  const nanoseconds = (sample) => perOperation(sample, time)
   const peers = [...new Set(samples.map(({ peer }) => peer))]
   const ns = {}
   for (const peer of peers) {
     const mine = samples.filter((sample) => sample.peer === peer && measured(sample))
-    if (mine.length > 0) ns[peer] = median(mine.map(perOperation))
+    if (mine.length > 0) ns[peer] = median(mine.map(nanoseconds))
   }
   const ratios = (value) =>
     Object.fromEntries(Object.entries(RATIOS).map(([name, pair]) => [name, ratio(samples, pair, value)]))
   return {
     ...{ name: subject.name, group: subject.group, unit: subject.unit, about: subject.about },
     ns,
-    ratios: ratios(perOperation),
+    ratios: ratios(nanoseconds),
     // Of whole programs: the first run of each machine, in which nothing has been translated yet.
     firstRatios: subject.command ? ratios(({ firstNs }) => firstNs) : undefined,
     failed: peers.filter((peer) => samples.some((sample) => sample.peer === peer && sample.error)),
@@ -70,12 +81,14 @@ function means(lines, of) {
  * Everything that is concluded from samples.
  * @param {object[]} subjects bench/lib/cpu-programs.mjs
  * @param {object[]} samples `{ name, peer, run }` with what a session gave, or `error`, or `skipped`
+ * @param {'wall' | 'cpu'} [time] which time counts
  */
-export function summarise(subjects, samples) {
+export function summarise(subjects, samples, time = 'wall') {
   const lines = subjects.map((subject) =>
     line(
       subject,
       samples.filter(({ name }) => name === subject.name),
+      time,
     ),
   )
   const groups = SUMMARIES.map(({ name, has }) => {
@@ -89,7 +102,11 @@ export function summarise(subjects, samples) {
   }
   const compared = programs.filter(({ ratios }) => ratios.tcgToSkep !== undefined)
   const worst = compared.sort((a, b) => a.ratios.tcgToSkep - b.ratios.tcgToSkep)[0]
-  return { lines, groups, worstProgram: worst && { name: worst.name, tcgToSkep: worst.ratios.tcgToSkep } }
+  // Programs and kernels of the system may wait by themselves.
+  const busy = new Set(subjects.filter(({ group }) => !['programs', 'system'].includes(group)).map(({ name }) => name))
+  const alone = samples.filter((sample) => measured(sample) && busy.has(sample.name))
+  const waiting = { samples: alone.length, waited: alone.filter(waited).length }
+  return { lines, groups, waiting, worstProgram: worst && { name: worst.name, tcgToSkep: worst.ratios.tcgToSkep } }
 }
 
 /** A time for people, three digits. */
@@ -111,7 +128,7 @@ export function digits(value) {
 }
 
 /** The table for a terminal. */
-export function report({ lines, groups, worstProgram }, peers) {
+export function report({ lines, groups, waiting, worstProgram }, peers) {
   const ratios = Object.keys(RATIOS).filter((name) => RATIOS[name].every((peer) => peers.includes(peer)))
   const titles = { tcgToSkep: 'tcg/skep', skepToNative: 'skep/native', tcgToNative: 'tcg/native' }
   const notes = ({ failed, skipped, clockOff }) =>
@@ -133,5 +150,9 @@ export function report({ lines, groups, worstProgram }, peers) {
   if (worstProgram) text.push(`Worst whole program: ${worstProgram.name}, tcg/skep ${digits(worstProgram.tcgToSkep)}.`)
   if (lines.some(({ clockOff }) => clockOff.length > 0))
     text.push("clock: the guest's and the host's differ; the host's was taken.")
+  if (waiting.waited > 0)
+    text.push(
+      `In ${waiting.waited} of ${waiting.samples} samples the processors were busy with other work, too: measure on a quiet machine.`,
+    )
   return text.join('\n\n')
 }

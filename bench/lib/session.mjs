@@ -15,13 +15,17 @@ export class Session {
   #errors = ''
   #report = ''
   #ended
+  #machine
   #take = () => {}
 
   /**
    * @param {string} command
    * @param {string[]} args
+   * @param {{ machine?: boolean }} [options] whether the process is a machine, whose processor time is what its orders cost; else
+   *   it is the program itself, which tells
    */
-  constructor(command, args) {
+  constructor(command, args, { machine = true } = {}) {
+    this.#machine = machine
     this.#child = spawn(command, args, { stdio: ['pipe', 'pipe', 'pipe', 'pipe'] })
     this.#child.stdout.on(
       'data',
@@ -65,9 +69,10 @@ export class Session {
       if (word === '@begin') begun = this.#reading()
       else if (word === '@end') {
         const ended = this.#reading()
-        const [guestNs, operations, firstNs] = rest.map(Number)
+        const [guestNs, operations, firstNs, cpuNs] = rest.map(Number)
         const hostNs = Math.round((ended.at - begun.at) * 1e6)
-        result = { guestNs, hostNs, cpuMs: ended.cpuMs - begun.cpuMs, operations, firstNs }
+        const cpuMs = this.#machine ? ended.cpuMs - begun.cpuMs : cpuNs / 1e6
+        result = { guestNs, hostNs, cpuMs, operations, firstNs }
       } else if (word === '@skip') result = { skipped: rest.join(' ') }
       else if (word === '@status') {
         if (rest[0] === '0' && result) done(result)
