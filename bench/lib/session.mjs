@@ -119,6 +119,7 @@ export class Session {
   }
 
   #lastWords() {
-    return [this.#errors.trim(), ...this.#said.slice(-6)].filter(Boolean).join(' | ') || 'it said nothing'
+    const said = this.#said.filter((line) => line && !line.startsWith('@'))
+    return [this.#errors.trim(), ...said.slice(-6)].filter(Boolean).join(' | ') || 'it said nothing'
   }
 }
