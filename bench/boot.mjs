@@ -88,7 +88,7 @@ await main(async () => {
   }
 
   const rows = [
-    ['', 'vCPUs', 'to init, s', 'of TCG', 'to prompt, s', 'CPU time, s', 'instructions, G', 'MIPS (CPU time)'],
+    ['', 'vCPUs', 'to init, s', 'of TCG', 'to prompt, s', 'CPU, s', 'of TCG', 'instructions, G', 'MIPS (CPU time)'],
   ]
   const summary = []
   for (const cpus of chosen.cpus) {
@@ -115,6 +115,7 @@ await main(async () => {
       tcg ? (initMs / tcg.initMs).toFixed(2) : '–',
       seconds(wallMs),
       seconds(cpuMs),
+      tcg ? (cpuMs / tcg.cpuMs).toFixed(2) : '–',
       work ? `${(work / 1e9).toFixed(2)}${mark}` : '–',
       mips ? `${mips.toFixed(0)}${mark}` : '–',
     ])

@@ -212,6 +212,10 @@ await main(async () => {
 
   const samples = []
   const boots = []
+  const names = all.map(({ name }) => name)
+  const json = chosen.json ?? resultFile('cpu', about.date)
+  const svg = chosen.svg ?? resultFile('cpu', about.date, 'svg')
+  let summary
   for (let run = 1; run <= chosen.runs; run++) {
     await step(`round ${run} of ${chosen.runs}`, async (step) => {
       try {
@@ -220,13 +224,13 @@ await main(async () => {
         await Promise.all(all.map((peer) => peer.close()))
       }
     })
+    // After every round: who stops it keeps what is there.
+    summary = summarise(wanted, samples, chosen.time)
+    const reports = Object.fromEntries(all.map(({ name, reports }) => [name, reports]))
+    keepJson(json, { about, summary, boots, samples, reports })
+    keep(svg, picture(summary, names, about))
   }
 
-  const summary = summarise(wanted, samples, chosen.time)
-  const names = all.map(({ name }) => name)
-  const reports = Object.fromEntries(all.map(({ name, reports }) => [name, reports]))
-  const json = keepJson(chosen.json ?? resultFile('cpu', about.date), { about, summary, boots, samples, reports })
-  const svg = keep(chosen.svg ?? resultFile('cpu', about.date, 'svg'), picture(summary, names, about))
   process.stdout.write(
     `${report(summary, names)}\n\nMedians of ${chosen.runs}${chosen.time === 'cpu' ? ', CPU time' : ''}.\n${json}\n${svg}\n`,
   )

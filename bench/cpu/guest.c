@@ -394,6 +394,31 @@ __attribute__((target("avx2"))) static void k_avx2_int(uint64_t n) {
     }
 }
 
+// The same in registers alone, as Mandelbrot sets are drawn; operations are iterations.
+
+static void k_sse_mandel(uint64_t n) {
+    const __m128d cr = _mm_set_pd(-0.4, 0.1), ci = _mm_set_pd(0.6, 0.2), two = _mm_set1_pd(2.0);
+    __m128d r = cr, i = ci;
+    for (uint64_t done = 0; done < n; done++) {
+        __m128d squares = _mm_sub_pd(_mm_mul_pd(r, r), _mm_mul_pd(i, i));
+        i = _mm_add_pd(_mm_mul_pd(_mm_mul_pd(two, r), i), ci);
+        r = _mm_add_pd(squares, cr);
+    }
+    _mm_storeu_pd(doubles, _mm_add_pd(r, i));
+}
+
+__attribute__((target("avx2,fma"))) static void k_avx2_mandel(uint64_t n) {
+    const __m256d cr = _mm256_set_pd(-0.4, 0.1, -0.5, 0.3), ci = _mm256_set_pd(0.6, 0.2, 0.5, 0.1);
+    const __m256d two = _mm256_set1_pd(2.0);
+    __m256d r = cr, i = ci;
+    for (uint64_t done = 0; done < n; done++) {
+        __m256d squares = _mm256_fmsub_pd(r, r, _mm256_fmsub_pd(i, i, cr));
+        i = _mm256_fmadd_pd(_mm256_mul_pd(two, r), i, ci);
+        r = squares;
+    }
+    _mm256_storeu_pd(doubles, _mm256_add_pd(r, i));
+}
+
 // --- Several processors' instructions, clocks ---
 
 static void k_xadd(uint64_t n) {
@@ -599,20 +624,22 @@ static const struct kernel {
     {"read", "memory", "word", k_read, 1, s_hash, NULL},
     {"memcpy-256", "memory", "copy", k_memcpy_256, 1, s_copy, NULL},
     {"memcpy-1m", "memory", "copy", k_memcpy_1m, 1, s_copy, NULL},
-    {"rep-movsb", "memory", "4 KiB", k_rep_movsb, 1, s_copy, NULL},
-    {"rep-stosq", "memory", "4 KiB", k_rep_stosq, 1, s_copy, NULL},
+    {"rep-movsb", "memory", "page", k_rep_movsb, 1, s_copy, NULL},
+    {"rep-stosq", "memory", "page", k_rep_stosq, 1, s_copy, NULL},
     {"double", "float", "round", k_double, 1, NULL, NULL},
     {"x87", "float", "round", k_x87, 1, NULL, NULL},
     {"sse-double", "vector", "element", k_sse_double, WORDS, s_vectors, NULL},
     {"sse-int", "vector", "element", k_sse_int, WORDS, s_vectors, NULL},
+    {"sse-mandel", "vector", "iteration", k_sse_mandel, 1, NULL, NULL},
     {"avx2-fma", "vector", "element", k_avx2_fma, WORDS, s_vectors, needs_avx2},
     {"avx2-int", "vector", "element", k_avx2_int, WORDS, s_vectors, needs_avx2},
+    {"avx2-mandel", "vector", "iteration", k_avx2_mandel, 1, NULL, needs_avx2},
     {"atomic-add", "atomic", "addition", k_xadd, 1, NULL, NULL},
     {"mutex", "atomic", "lock", k_mutex, 1, NULL, NULL},
     {"rdtsc", "system", "reading", k_rdtsc, 1, NULL, NULL},
     {"clock", "system", "reading", k_clock, 1, NULL, NULL},
     {"getppid", "system", "call", k_getppid, 1, NULL, NULL},
-    {"pread", "system", "4 KiB", k_pread, 1, s_file, NULL},
+    {"pread", "system", "page", k_pread, 1, s_file, NULL},
     {"open", "system", "file", k_open, 1, NULL, NULL},
     {"page-fault", "system", "page", k_fault, FAULTS, NULL, NULL},
     {"mmap", "system", "mapping", k_mmap, 1, NULL, NULL},

@@ -5,12 +5,12 @@ const INK = '#1f2937'
 const FAINT = '#6b7280'
 const GRID = '#e5e7eb'
 const WIDTH = 960
-const LEFT = 176
+const LEFT = 190
 const RIGHT = 120
 const MARGIN = 28
 const BAR = 8
 const GAP = 2
-const ROW = 10
+const ROW = 8
 
 const escaped = (text) =>
   String(text).replace(/[<>&"]/g, (c) => ({ '<': '&lt;', '>': '&gt;', '&': '&amp;', '"': '&quot;' })[c])
@@ -45,7 +45,8 @@ export function chart({ title, notes, axis, column, series, groups }) {
   const ticks = decades(Math.min(1, ...values), Math.max(10, ...values))
   const width = WIDTH - LEFT - RIGHT - MARGIN
   const most = Math.min(ticks.at(-1), Math.max(10, ...values) * 1.2)
-  const scale = (value) => LEFT + (Math.log(value / ticks[0]) / Math.log(most / ticks[0])) * width
+  const least = Math.max(ticks[0], Math.min(1, ...values) / 1.2)
+  const scale = (value) => LEFT + (Math.log(value / least) / Math.log(most / least)) * width
   const row = series.length * (BAR + GAP) + ROW
 
   const parts = [text(MARGIN, 40, title, { size: 20, weight: 700 })]
@@ -94,14 +95,15 @@ export function chart({ title, notes, axis, column, series, groups }) {
     y += 6
   }
   const grid = []
-  for (const tick of ticks.filter((tick) => tick <= most)) {
+  const within = (value) => value >= least && value <= most
+  for (const tick of ticks) {
     const at = round(scale(tick))
-    grid.push(
-      `<line x1="${at}" y1="${top}" x2="${at}" y2="${y}" stroke="${tick === 1 ? FAINT : GRID}" stroke-width="1"/>`,
-    )
-    grid.push(text(at, numbers, `${shown(tick)}×`, { anchor: 'middle', fill: FAINT, size: 10 }))
-    for (const part of [2, 5].filter((part) => tick * part <= most)) {
-      const minor = round(scale(tick * part))
+    if (within(tick)) {
+      const stroke = tick === 1 ? FAINT : GRID
+      grid.push(`<line x1="${at}" y1="${top}" x2="${at}" y2="${y}" stroke="${stroke}" stroke-width="1"/>`)
+      grid.push(text(at, numbers, `${shown(tick)}×`, { anchor: 'middle', fill: FAINT, size: 10 }))
+    }
+    for (const minor of [2 * tick, 5 * tick].filter(within).map(scale).map(round)) {
       grid.push(`<line x1="${minor}" y1="${top}" x2="${minor}" y2="${y}" stroke="${GRID}" stroke-width="0.5"/>`)
     }
   }

@@ -27,6 +27,8 @@ export class Session {
   constructor(command, args, { machine = true } = {}) {
     this.#machine = machine
     this.#child = spawn(command, args, { stdio: ['pipe', 'pipe', 'pipe', 'pipe'] })
+    // However this process ends, that one does not outlive it.
+    process.once('exit', () => this.#child.kill('SIGKILL'))
     this.#child.stdout.on(
       'data',
       lines((line) => {

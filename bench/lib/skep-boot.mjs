@@ -4,6 +4,11 @@ import { writeSync } from 'node:fs'
 import { Vm } from '../../dist/index.js'
 
 const REPORT = 3
+// Whoever started this shows the reason, not where it came from.
+process.on('uncaughtException', (error) => {
+  writeSync(2, `${error.code ?? error.name}: ${error.message}\n`)
+  process.exit(1)
+})
 const vm = await Vm.create(JSON.parse(process.argv[2]))
 const console = vm.console(1)
 console.pipe(process.stdout)
