@@ -35,6 +35,7 @@ Runs kernels and whole programs in a guest under Skep's software CPU, under QEMU
   --timeout S       most seconds for one program, or one boot, before the machine is given up (600)
   --json FILE       where the results go (bench/results/cpu-DATE.json)
   --svg FILE        where the picture goes (bench/results/cpu-DATE.svg)
+  --prepare         measures nothing: makes the guest, and tells a command for each that runs it alone, without Node
   --list            what there is to measure
   --help
 
@@ -68,6 +69,7 @@ function options() {
         timeout: { type: 'string', default: '600' },
         json: { type: 'string' },
         svg: { type: 'string' },
+        prepare: { type: 'boolean', default: false },
         list: { type: 'boolean', default: false },
         help: { type: 'boolean', default: false },
       },
@@ -158,6 +160,15 @@ function peers(chosen, kernel, { initrd, tree }) {
     .map(([name, start]) => new Peer(name, start, chosen))
 }
 
+/** For a profile of one thing: the crate's example program boots the guest, runs it, and the guest powers off. */
+async function commands(wanted, { ms, cpus, memory }, kernel, { initrd }) {
+  const { parseSize } = await import('../dist/index.js')
+  const mib = Number(parseSize(memory)) / (1 << 20)
+  const machine = `-m ${mib} -c ${cpus} --kernel ${kernel} --initrd ${initrd} --stats`
+  const run = `cargo run --release --package skep-machine --example run -- ${machine}`
+  return wanted.map((subject) => `${run} --cmdline '${CMDLINE} -- ${orderFor(subject, ms)}' </dev/null\n`).join('')
+}
+
 /** The same in another order each time. */
 const turned = (list, by) => list.map((_, i) => list[(i + by) % list.length])
 
@@ -207,6 +218,7 @@ await main(async () => {
   await build()
   const { kernel } = await prepareGuest()
   const guest = await prepareCpuGuest({ programs: wanted.some(({ command }) => command) })
+  if (chosen.prepare) return void process.stdout.write(await commands(wanted, chosen, kernel, guest))
   const about = { ...(await host()), qemu: version, options: chosen, guest: { kernel, cmdline: CMDLINE, ...guest } }
   const all = peers(chosen, kernel, guest)
 

@@ -38,7 +38,9 @@ function ratio(samples, [above, below], value) {
   const of = (peer) => new Map(samples.filter((one) => one.peer === peer && measured(one)).map((one) => [one.run, one]))
   const over = of(below)
   const pairs = [...of(above)].filter(([run]) => over.has(run))
-  const ratios = pairs.map(([run, sample]) => value(sample) / value(over.get(run))).filter(Number.isFinite)
+  const ratios = pairs
+    .map(([run, sample]) => value(sample) / value(over.get(run)))
+    .filter((ratio) => ratio > 0 && Number.isFinite(ratio))
   return ratios.length > 0 ? median(ratios) : undefined
 }
 
@@ -49,7 +51,9 @@ function line(subject, samples, time) {
   const ns = {}
   for (const peer of peers) {
     const mine = samples.filter((sample) => sample.peer === peer && measured(sample))
-    if (mine.length > 0) ns[peer] = median(mine.map(nanoseconds))
+    // Processor time comes in hundredths of a second, and may be none.
+    const values = mine.map(nanoseconds).filter((value) => value > 0)
+    if (values.length > 0) ns[peer] = median(values)
   }
   const ratios = (value) =>
     Object.fromEntries(Object.entries(RATIOS).map(([name, pair]) => [name, ratio(samples, pair, value)]))
