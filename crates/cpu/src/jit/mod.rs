@@ -15,6 +15,7 @@
 #![expect(unsafe_code, reason = "enters generated code")]
 
 mod asm;
+mod dump;
 mod encode;
 mod glue;
 mod help;
@@ -32,7 +33,7 @@ use glue::Glue;
 use memory::CodeMemory;
 use skep_memory::GuestMemory;
 use table::Table;
-use translate::{Entry, Link, MAX_INSTRUCTIONS, Made, Request};
+use translate::{Entry, Link, MAX_INSTRUCTIONS, Made, Request, Source};
 
 use crate::block::Mix;
 use crate::cpu::{CodeSize, Cpu, cr0, cr4};
@@ -177,6 +178,9 @@ pub(crate) struct Jit {
     jumps: Box<[Jump]>,
     blocks: HashMap<u64, Entry, BuildHasherDefault<Mix>>,
     pages: HashMap<usize, PageCode, BuildHasherDefault<Mix>>,
+    /// Code for instructions that straddle pages, by the second page's address. What `blocks` has of them leads to the jump
+    /// cache, as it is by linear address that the second page is found.
+    straddling: HashMap<u64, HashMap<u64, u64>, BuildHasherDefault<Mix>>,
     links: Vec<OpenLink>,
     #[expect(clippy::vec_box, reason = "operations are pointed to and must not move")]
     ops: Vec<Box<Op>>,
@@ -211,6 +215,7 @@ impl Jit {
             jumps: vec![NO_JUMP; JUMPS].into_boxed_slice(),
             blocks: HashMap::default(),
             pages: HashMap::default(),
+            straddling: HashMap::default(),
             links: Vec::new(),
             ops: Vec::new(),
             chain: true,
@@ -230,6 +235,7 @@ impl Jit {
         self.jumps.fill(NO_JUMP);
         self.blocks.clear();
         self.pages.clear();
+        self.straddling.clear();
         self.links.clear();
         self.ops.clear();
     }
@@ -243,22 +249,42 @@ impl Jit {
         if let Some(code) = self.pages.remove(&page) {
             for block in &code.blocks {
                 self.blocks.remove(block);
+                self.straddling.remove(block);
             }
         }
     }
 
     /// Drops the code of pages that have changed.
     fn drop_changed(&mut self, memory: &GuestMemory) {
-        let Self { pages, blocks, .. } = self;
-        pages.retain(|&page, code| {
-            let same = memory.version(page).load(Ordering::SeqCst) == code.version;
-            if !same {
-                for block in &code.blocks {
-                    blocks.remove(block);
-                }
-            }
-            same
-        });
+        let changed = |page: usize, code: &PageCode| memory.version(page).load(Ordering::SeqCst) != code.version;
+        let pages: Vec<usize> =
+            self.pages.iter().filter(|&(&page, code)| changed(page, code)).map(|(&page, _)| page).collect();
+        pages.into_iter().for_each(|page| self.drop_page(page));
+    }
+
+    /// Remembers that a block lies on a page.
+    fn keep(&mut self, id: u64, page: usize, version: u32) {
+        if self.pages.get(&page).is_some_and(|code| code.version != version) {
+            // It has changed since its other blocks were made.
+            self.drop_page(page);
+        }
+        let code = self.pages.entry(page).or_insert(PageCode { version, blocks: Vec::new() });
+        code.blocks.push(id);
+    }
+
+    /// Code that goes on at an offset of the running page through the jump cache.
+    fn by_way_of_dispatch(&mut self, at: u16) -> Entry {
+        let mut asm = asm::Asm::new(self.memory.next());
+        let from_host = asm.here();
+        asm.save_flags(glue::STATUS, asm::R9);
+        let from_memory = asm.here();
+        asm.load(asm::R8, glue::BASE);
+        asm.lea(asm::R8, asm::Mem::At(asm::R8, i32::from(at)));
+        asm.jmp(self.glue.dispatch);
+        // There is room: more than this was reserved.
+        let added = self.memory.add(&asm.code);
+        debug_assert!(added);
+        Entry { from_memory, from_host, live: table::STATUS_FLAGS }
     }
 }
 
@@ -360,28 +386,28 @@ impl Cpu {
         let page = self.code_page(linear)?;
         let key = self.code_key();
         let id = (page.gpa | linear % PAGE) << Key::BITS | u64::from(key.0);
-        let entry = match jit.blocks.get(&id) {
-            Some(&entry) => entry,
-            None => match self.translate_code(jit, linear, id, key)? {
-                Some(entry) => entry,
+        let code = match jit.blocks.get(&id) {
+            Some(entry) if !jit.straddling.contains_key(&id) => entry.from_memory,
+            // One that straddles pages is known by both.
+            _ => match self.translate_code(jit, linear, id, key)? {
+                Some(code) => code,
                 None => return Ok(Found::Step),
             },
         };
-        if let Some(open) = jit.links.get(link as usize)
+        if let (Some(open), Some(entry)) = (jit.links.get(link as usize), jit.blocks.get(&id))
             && open.target == id
         {
-            let to = if open.link.in_host { entry.from_host } else { entry.from_memory };
-            jit.memory.link(open.link.end, to);
+            jit.memory.link(open.link.end, if open.link.in_host { entry.from_host } else { entry.from_memory });
         }
         if jit.chain {
             // Translating may have made others flush us.
-            let stamp = self.code_stamp();
-            jit.jumps[Jit::slot(linear)] = Jump { linear, stamp, code: entry.from_memory, unused: 0 };
+            jit.jumps[Jit::slot(linear)] = Jump { linear, stamp: self.code_stamp(), code, unused: 0 };
         }
-        Ok(Found::Code(entry.from_memory))
+        Ok(Found::Code(code))
     }
 
-    fn translate_code(&mut self, jit: &mut Jit, linear: u64, id: u64, key: Key) -> Exec<Option<Entry>> {
+    /// Makes code for what lies at `linear`, the block `id`. `None`: it cannot be translated.
+    fn translate_code(&mut self, jit: &mut Jit, linear: u64, id: u64, key: Key) -> Exec<Option<u64>> {
         if self.thunks.full() {
             self.blocks.clear();
             self.thunks.clear();
@@ -392,79 +418,85 @@ impl Cpu {
             self.stats.translations.flushes += 1;
         }
         let at = (linear % PAGE) as u16;
+        let prefix = id & !((PAGE << Key::BITS) - 1) | u64::from(key.0);
+        let shared = self.shared.clone();
         loop {
-            let page = self.code_page(linear)?;
-            let mut bytes = [0u8; PAGE as usize];
-            crate::decode::copy_code(&page, 0, &mut bytes);
-            let shared = self.shared.clone();
-            let mut insns =
-                translate::decode(&bytes, at, jit.most, key, &mut jit.table, &shared.cpuid);
+            let first = self.code_page(linear)?;
+            let mut bytes = [0u8; PAGE as usize + 16];
+            crate::decode::copy_code(&first, 0, &mut bytes[..PAGE as usize]);
+            let known = |at: u16| jit.blocks.get(&(prefix | u64::from(at) << Key::BITS)).copied();
+            let (most, on, cpuid) = (jit.most, jit.chain, &shared.cpuid);
+            let source = Source { page: &bytes, len: PAGE as usize, key, most, on, known: &known, cpuid };
+            let mut insns = translate::decode(&source, at, &mut jit.table);
+            let mut second = None;
+            if insns.is_empty() && u64::from(at) + 15 > PAGE {
+                let page = self.code_page((linear | (PAGE - 1)).wrapping_add(1))?;
+                if let Some(&code) = jit.straddling.get(&id).and_then(|known| known.get(&page.gpa)) {
+                    return Ok(Some(code));
+                }
+                crate::decode::copy_code(&page, 0, &mut bytes[PAGE as usize..]);
+                let source = Source { page: &bytes, len: bytes.len(), key, most: 1, on, known: &known, cpuid };
+                insns = translate::decode(&source, at, &mut jit.table);
+                second = Some(page);
+            }
             let Some(last) = insns.last() else { return Ok(None) };
             let len = (last.end() - at) as usize;
-            let Some([version, _]) = self.watch_code([(page, at as usize, len), (page, 0, 0)]) else { continue };
+            let on_first = len.min(PAGE as usize - at as usize);
+            let pieces = [(first, at as usize, on_first), (second.unwrap_or(first), 0, len - on_first)];
+            let Some(versions) = self.watch_code(pieces) else { continue };
             // From here on a write raises the version; what was read before may be stale already.
             let mut again = [0u8; MAX_INSTRUCTIONS * 15];
-            crate::decode::copy_code(&page, at as usize, &mut again[..len]);
+            crate::decode::copy_code(&first, at as usize, &mut again[..on_first]);
+            if let Some(second) = &second {
+                crate::decode::copy_code(second, 0, &mut again[on_first..len]);
+            }
             if again[..len] != bytes[at as usize..at as usize + len] {
                 continue;
             }
-            let ops = self.operations(jit, &bytes, &insns);
-            let prefix = id & !((PAGE << Key::BITS) - 1) | u64::from(key.0);
-            let made = {
-                let known = |at: u16| jit.blocks.get(&(prefix | u64::from(at) << Key::BITS)).copied();
-                let request = Request {
-                    page: &bytes,
-                    key,
-                    glue: jit.glue,
-                    first_link: jit.links.len(),
-                    known: &known,
-                    cpuid: &shared.cpuid,
-                    chain: jit.chain,
-                };
-                translate::translate(jit.memory.next(), request, &mut insns, &ops, &mut jit.table)
+            let ops = self.operations(&mut jit.ops, &bytes, &insns);
+            let known = |at: u16| jit.blocks.get(&(prefix | u64::from(at) << Key::BITS)).copied();
+            let request = Request {
+                page: &bytes,
+                key,
+                glue: jit.glue,
+                first_link: jit.links.len(),
+                known: &known,
+                cpuid: &shared.cpuid,
+                chain: jit.chain,
             };
+            let origin = jit.memory.next();
+            let made = translate::translate(origin, request, &mut insns, &ops, &mut jit.table);
             let Some(Made { code, entry, links }) = made else { return Ok(None) };
+            dump::block(linear, origin, &insns, &code);
             if !jit.memory.add(&code) {
                 return Ok(None);
             }
             for link in links {
                 jit.links.push(OpenLink { link, target: prefix | u64::from(link.target) << Key::BITS });
             }
-            jit.blocks.insert(id, entry);
-            let pages = jit.pages.entry(page.index).or_insert(PageCode { version, blocks: Vec::new() });
-            if pages.version != version {
-                // The page has changed since its other blocks were made: they are noticed at once.
-                for block in std::mem::take(&mut pages.blocks) {
-                    jit.blocks.remove(&block);
+            jit.keep(id, first.index, versions[0]);
+            if let Some(second) = second {
+                jit.keep(id, second.index, versions[1]);
+                jit.straddling.entry(id).or_default().insert(second.gpa, entry.from_memory);
+                if !jit.blocks.contains_key(&id) {
+                    let entry = jit.by_way_of_dispatch(at);
+                    jit.blocks.insert(id, entry);
                 }
+            } else {
                 jit.blocks.insert(id, entry);
-                pages.version = version;
             }
-            pages.blocks.push(id);
             let made = &mut self.stats.translations;
             made.blocks += 1;
             made.instructions += insns.len() as u64;
             made.bytes += code.len() as u64;
-            self.dump(&insns, linear, &code);
-            return Ok(Some(entry));
-        }
-    }
-
-    fn dump(&self, insns: &[translate::Decoded], linear: u64, code: &[u8]) {
-        if std::env::var_os("SKEP_JIT_DUMP").is_some() {
-            eprintln!("block {linear:#x}: {} instructions, {} bytes", insns.len(), code.len());
-            for d in insns {
-                eprintln!("  {:#x} {:?} {:?}", d.at, d.insn.code(), d.info.class);
-            }
-            let text: String = code.iter().map(|b| format!("{b:02x}")).collect();
-            eprintln!("  {text}");
+            return Ok(Some(entry.from_memory));
         }
     }
 
     /// The operations for those instructions that have none but their handlers.
     fn operations(
         &mut self,
-        jit: &mut Jit,
+        #[expect(clippy::vec_box, reason = "as in `Jit`")] ops: &mut Vec<Box<Op>>,
         page: &[u8],
         insns: &[translate::Decoded],
     ) -> Vec<Option<*const Op>> {
@@ -476,7 +508,7 @@ impl Cpu {
                 }
                 let op = Box::new(self.operation(&d.insn, &page[d.at as usize..], d.at as usize));
                 let at: *const Op = &raw const *op;
-                jit.ops.push(op);
+                ops.push(op);
                 Some(at)
             })
             .collect()

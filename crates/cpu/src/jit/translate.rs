@@ -23,11 +23,13 @@ use crate::op::Op;
 
 /// Instructions in a block at most.
 pub(super) const MAX_INSTRUCTIONS: usize = 64;
+/// Instructions behind which no conditional jump or call is gone past.
+const ENOUGH: usize = 24;
 /// Instructions looked at behind a jump to see whether flags are needed there.
 const FORESIGHT: usize = 6;
 
-/// A page of code as it was read.
-pub(super) type Page = [u8; PAGE as usize];
+/// A page of code as it was read, and what begins the page behind it, for an instruction that straddles both.
+pub(super) type Page = [u8; PAGE as usize + 16];
 
 /// One decoded instruction.
 pub(super) struct Decoded {
@@ -45,22 +47,46 @@ impl Decoded {
         self.at + self.insn.len() as u16
     }
 
-    /// The whole of the control flow that leads elsewhere.
-    fn ends(&self) -> bool {
+    /// Control goes elsewhere, always or at times.
+    fn transfers(&self) -> bool {
         self.insn.flow_control() != iced_x86::FlowControl::Next
+    }
+
+    /// What follows may be reached from here.
+    fn goes_on(&self) -> bool {
+        matches!(self.info.class, Class::Branch | Class::Call | Class::CallIndirect | Class::Handler)
+            || !self.transfers()
+    }
+
+    /// It may be part of a loop.
+    fn loops(&self) -> bool {
+        match self.info.class {
+            Class::Jump | Class::Branch => self.insn.near_branch_target() as i64 <= i64::from(self.at),
+            Class::Call => true,
+            _ => false,
+        }
     }
 }
 
+/// What the decoder is told.
+pub(super) struct Source<'a> {
+    pub(super) page: &'a Page,
+    /// Bytes of it that count.
+    pub(super) len: usize,
+    pub(super) key: Key,
+    /// Instructions at most.
+    pub(super) most: usize,
+    /// Whether to go past conditional jumps and calls.
+    pub(super) on: bool,
+    /// Whether there is a block already.
+    pub(super) known: &'a dyn Fn(u16) -> Option<Entry>,
+    pub(super) cpuid: &'a CpuidTable,
+}
+
 /// Decodes from `at` to the end of a block, which stays on the page.
-pub(super) fn decode(
-    page: &Page,
-    at: u16,
-    most: usize,
-    key: Key,
-    table: &mut Table,
-    cpuid: &CpuidTable,
-) -> Vec<Decoded> {
-    let bytes = &page[at as usize..];
+pub(super) fn decode(source: &Source<'_>, at: u16, table: &mut Table) -> Vec<Decoded> {
+    let Source { page, len, key, most, cpuid, .. } = *source;
+    let bytes = &page[at as usize..len];
     let mut decoder = Decoder::with_ip(64, bytes, u64::from(at), DecoderOptions::NONE);
     let mut all: Vec<Decoded> = Vec::with_capacity(16);
     while all.len() < most.min(MAX_INSTRUCTIONS) && decoder.can_decode() {
@@ -75,8 +101,18 @@ pub(super) fn decode(
             info.class = Class::Handler;
         }
         all.push(Decoded { insn, at, info, live_in: 0, live_out: 0 });
-        if all.last().is_some_and(Decoded::ends) {
-            break;
+        let Some(last) = all.last() else { break };
+        if last.transfers() {
+            let end = last.end();
+            let further = source.on
+                && last.info.class != Class::Handler
+                && last.goes_on()
+                && all.len() < ENOUGH
+                && u64::from(end) < PAGE
+                && (source.known)(end).is_none();
+            if !further {
+                break;
+            }
         }
     }
     all
@@ -154,6 +190,8 @@ struct Translator<'a> {
     in_memory: bool,
     /// Vector registers are the guest's.
     vectors: bool,
+    /// What comes next is reached from what came last.
+    reachable: bool,
     /// Accesses whose way on behind the instruction is not known yet.
     open: Vec<usize>,
 }
@@ -178,6 +216,7 @@ pub(super) fn translate(
         in_host: true,
         in_memory: false,
         vectors: false,
+        reachable: true,
         open: Vec::new(),
         request,
     };
@@ -194,7 +233,7 @@ pub(super) fn translate(
         t.instruction(d, ops[i])?;
     }
     let last = insns.last()?;
-    if !last.ends() || last.info.class == Class::Handler {
+    if last.goes_on() && t.reachable {
         t.land_done();
         t.edge(None, i64::from(last.end()), last.live_out);
     } else if !t.open.is_empty() {
@@ -210,18 +249,14 @@ pub(super) fn translate(
 /// Works out backwards which flags matter where.
 fn liveness(insns: &mut [Decoded], request: &Request<'_>, table: &mut Table) {
     let Some(last) = insns.last() else { return };
-    let end = last.end();
-    let mut live = match last.info.class {
-        Class::Jump => foresee(request, table, last.insn.near_branch_target() as i64),
-        Class::Branch => {
-            foresee(request, table, last.insn.near_branch_target() as i64)
-                | foresee(request, table, i64::from(end))
-        }
-        Class::Call => foresee(request, table, last.insn.near_branch_target() as i64),
-        _ if last.ends() => STATUS_FLAGS,
-        _ => foresee(request, table, i64::from(end)),
-    };
+    let mut live = if last.goes_on() { foresee(request, table, i64::from(last.end())) } else { 0 };
     for d in insns.iter_mut().rev() {
+        match d.info.class {
+            Class::Jump | Class::Call => live = foresee(request, table, d.insn.near_branch_target() as i64),
+            Class::Branch => live |= foresee(request, table, d.insn.near_branch_target() as i64),
+            Class::Return | Class::JumpIndirect | Class::CallIndirect => live = STATUS_FLAGS,
+            _ => {}
+        }
         d.live_out = live;
         live = live_before(&d.insn, &d.info, live);
         d.live_in = live;
@@ -290,17 +325,8 @@ fn foresee(request: &Request<'_>, table: &mut Table, at: i64) -> u16 {
 /// Where a block that may be part of a loop looks for attention: in front of the first instruction where no flags matter, or
 /// of the first.
 fn poll_position(insns: &[Decoded]) -> Option<usize> {
-    let (first, last) = (insns.first()?, insns.last()?);
-    let backwards = match last.info.class {
-        Class::Jump | Class::Branch => last.insn.near_branch_target() as i64 <= i64::from(last.at),
-        Class::Call => true,
-        _ => false,
-    };
-    if !backwards {
-        return None;
-    }
-    let _ = first;
-    Some(insns.iter().position(|d| d.live_in == 0).unwrap_or(0))
+    let first = insns.iter().position(Decoded::loops)?;
+    Some(insns[..=first].iter().position(|d| d.live_in == 0).unwrap_or(0))
 }
 
 /// Number of a general register.
@@ -394,7 +420,6 @@ impl Translator<'_> {
                 self.want_flags(R9);
                 let cc = d.insn.condition_code() as u8;
                 self.edge(Some(condition(cc)), d.insn.near_branch_target() as i64, d.live_out);
-                self.edge(None, i64::from(d.end()), d.live_out);
                 Some(())
             }
             Class::Call => {
@@ -797,11 +822,11 @@ impl Translator<'_> {
         (self.in_host, self.in_memory) = (false, true);
         if u64::from(next) >= PAGE {
             self.asm.jmp(self.request.glue.dispatch);
+            self.reachable = false;
             return;
         }
         self.asm.and_imm(true, R8, -4096);
         self.asm.store(BASE, R8);
-        self.edge(None, i64::from(next), STATUS_FLAGS);
     }
 
     fn call(&mut self, d: &Decoded) {
