@@ -298,7 +298,8 @@ fn foresee(request: &Request<'_>, table: &mut Table, at: i64) -> u16 {
     if let Some(entry) = (request.known)(at as u16) {
         return entry.live;
     }
-    let mut decoder = Decoder::with_ip(64, &request.page[at as usize..], at as u64, DecoderOptions::NONE);
+    let page = &request.page[at as usize..PAGE as usize];
+    let mut decoder = Decoder::with_ip(64, page, at as u64, DecoderOptions::NONE);
     let (mut unwritten, mut needed) = (STATUS_FLAGS, 0);
     for _ in 0..FORESIGHT {
         if !decoder.can_decode() {
