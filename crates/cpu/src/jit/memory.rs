@@ -6,7 +6,7 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::ptr::NonNull;
 
 /// Bytes of code kept before all of it is dropped and translated anew as it is needed.
-pub(super) const SIZE: usize = 64 << 20;
+pub(super) const SIZE: usize = 128 << 20;
 
 /// Both views of the memory, and how much is used.
 pub(super) struct CodeMemory {

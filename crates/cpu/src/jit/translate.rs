@@ -24,7 +24,7 @@ use crate::op::Op;
 /// Instructions in a block at most.
 pub(super) const MAX_INSTRUCTIONS: usize = 64;
 /// Instructions behind which no conditional jump or call is gone past.
-const ENOUGH: usize = 24;
+const ENOUGH: usize = 8;
 /// Instructions looked at behind a jump to see whether flags are needed there.
 const FORESIGHT: usize = 6;
 
