@@ -1,7 +1,7 @@
 //! Re-encoding: the guest's instruction with other registers in its fields, and its memory operand at an address that a
 //! register holds.
 
-use super::asm::{Asm, R8, R9, RSI};
+use super::asm::{Asm, Mem, R8, R9, RSI};
 use super::table::{Field, Info};
 
 /// An instruction's bytes, taken apart.
@@ -92,13 +92,15 @@ impl Parts<'_> {
         self.modrm.is_some_and(|m| m >> 6 != 3)
     }
 
-    /// Writes the instruction with `register(operand)` in the field of each operand for which it names one, and its memory
-    /// operand at `[r8]`. `high`: a high byte register is among the operands, so there must be no REX prefix.
+    /// Writes the instruction with `register(operand)` in the field of each operand for which it names one, and `mem` for its
+    /// memory operand, which is `[r8]` if `high`: then
+    /// a high byte register is among the operands, so there must be no REX prefix.
     pub(super) fn emit(
         &self,
         asm: &mut Asm,
         info: &Info,
         high: bool,
+        mem: Mem,
         register: impl Fn(usize) -> Option<u8>,
     ) {
         let (mut rex, mut modrm) = (self.rex, self.modrm.unwrap_or(0));
@@ -136,14 +138,17 @@ impl Parts<'_> {
         let memory = self.memory();
         if memory {
             // A base without REX, if there must be none: RSI, which no high byte lies in.
-            modrm &= 0x38;
             if high {
-                modrm |= RSI;
                 asm.mov(R9, RSI);
                 asm.mov(RSI, R8);
             } else {
-                rex = rex & !2 | 1;
-                vex[1] = vex[1] & !0x20 | 0x40;
+                let (base, index) = match mem {
+                    Mem::Sum(base, index, _) => (base.unwrap_or(0), index.map_or(0, |i| i.0)),
+                    Mem::At(base, _) => (base, 0),
+                    Mem::Cpu(_) => (0, 0),
+                };
+                rex = rex & !3 | index >> 3 << 1 | base >> 3;
+                vex[1] = vex[1] & !0x60 | (index >> 3 ^ 1) << 6 | (base >> 3 ^ 1) << 5;
             }
         }
         asm.bytes(&self.prefixes[..self.prefix_count]);
@@ -156,7 +161,9 @@ impl Parts<'_> {
             asm.bytes(&vex);
         }
         asm.byte(last);
-        if self.modrm.is_some() {
+        if memory {
+            asm.operand(modrm >> 3 & 7, if high { Mem::At(RSI, 0) } else { mem });
+        } else if self.modrm.is_some() {
             asm.byte(modrm);
         }
         asm.bytes(self.tail);

@@ -203,7 +203,7 @@ impl Jit {
         let mut asm = asm::Asm::new(memory.next());
         let wide = std::arch::is_x86_feature_detected!("avx");
         let glue = glue::emit(&mut asm, help::access, help::handler, wide);
-        if !memory.add(&asm.code) {
+        if !memory.add(&asm.code, &[]) {
             return Err(io::ErrorKind::OutOfMemory.into());
         }
         let floor = memory.used();
@@ -282,7 +282,7 @@ impl Jit {
         asm.lea(asm::R8, asm::Mem::At(asm::R8, i32::from(at)));
         asm.jmp(self.glue.dispatch);
         // There is room: more than this was reserved.
-        let added = self.memory.add(&asm.code);
+        let added = self.memory.add(&asm.code, &[]);
         debug_assert!(added);
         Entry { from_memory, from_host, live: table::STATUS_FLAGS }
     }
@@ -465,10 +465,11 @@ impl Cpu {
                 chain: jit.chain,
             };
             let origin = jit.memory.next();
-            let made = translate::translate(origin, request, &mut insns, &ops, &mut jit.table);
-            let Some(Made { code, entry, links }) = made else { return Ok(None) };
+            let aside = |len| jit.memory.next_aside(len);
+            let made = translate::translate(origin, aside, request, &mut insns, &ops, &mut jit.table);
+            let Some(Made { code, aside, entry, links }) = made else { return Ok(None) };
             dump::block(linear, origin, &insns, &code);
-            if !jit.memory.add(&code) {
+            if !jit.memory.add(&code, &aside) {
                 return Ok(None);
             }
             for link in links {
@@ -488,7 +489,7 @@ impl Cpu {
             let made = &mut self.stats.translations;
             made.blocks += 1;
             made.instructions += insns.len() as u64;
-            made.bytes += code.len() as u64;
+            made.bytes += (code.len() + aside.len()) as u64;
             return Ok(Some(entry.from_memory));
         }
     }

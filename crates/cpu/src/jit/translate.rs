@@ -157,6 +157,8 @@ pub(super) struct Request<'a> {
 /// What the translator made.
 pub(super) struct Made {
     pub(super) code: Vec<u8>,
+    /// What stands out of the way.
+    pub(super) aside: Vec<u8>,
     pub(super) entry: Entry,
     pub(super) links: Vec<Link>,
 }
@@ -164,7 +166,7 @@ pub(super) struct Made {
 /// What stands behind the block, out of the way.
 enum Stub {
     /// Help with an access.
-    Access { from: Forward, wanted: Wanted, resume: usize, done: Option<usize> },
+    Access { from: Forward, place: Place, wanted: Wanted, resume: usize, done: Option<usize> },
     /// Run the handler instead.
     Handler { from: Vec<Forward>, op: u64, resume: usize },
     /// Leave, to be taken to the target of a link.
@@ -199,6 +201,7 @@ struct Translator<'a> {
 /// Translates. `ops` holds the operations for those instructions that have handlers.
 pub(super) fn translate(
     origin: u64,
+    aside: impl FnOnce(usize) -> u64,
     request: Request<'_>,
     insns: &mut [Decoded],
     ops: &[Option<*const Op>],
@@ -242,8 +245,8 @@ pub(super) fn translate(
         t.asm.load(R8, RIP);
         t.asm.jmp(t.request.glue.dispatch);
     }
-    t.finish_stubs();
-    Some(Made { code: t.asm.code, entry: t.entry, links: t.links })
+    let aside = t.finish_stubs(aside);
+    Some(Made { code: t.asm.code, aside, entry: t.entry, links: t.links })
 }
 
 /// Works out backwards which flags matter where.
@@ -453,7 +456,7 @@ impl Translator<'_> {
             Register::RIP => {
                 let at = insn.ip_rel_memory_address() as i64;
                 self.asm.load(R8, BASE);
-                self.add_to_r8(at);
+                self.asm.add_to_r8(at);
             }
             Register::EIP => return None,
             _ => self.sum(R8, insn, true)?,
@@ -466,15 +469,6 @@ impl Translator<'_> {
         self.asm.load(R9, segment_base(segment));
         self.asm.lea(R8, Mem::Sum(Some(R8), Some((R9, 0)), 0));
         Some(())
-    }
-
-    fn add_to_r8(&mut self, value: i64) {
-        if let Ok(disp) = i32::try_from(value) {
-            self.asm.lea(R8, Mem::At(R8, disp));
-        } else {
-            self.asm.mov_imm(R9, value as u64);
-            self.asm.lea(R8, Mem::Sum(Some(R8), Some((R9, 0)), 0));
-        }
     }
 
     /// LEA of the memory operand's offset, cut to the address size, and to 32 bits unless `wide`.
@@ -507,32 +501,57 @@ impl Translator<'_> {
         Some(Mem::Sum(base, index, disp))
     }
 
-    /// Turns the linear address in R8 into the host's. R9 and R10 are lost.
-    fn check(&mut self, wanted: Wanted) {
+    /// Where the memory operand lies: in the sum of a register and a displacement, if that is all, else in R8.
+    fn place(&mut self, insn: &Instruction) -> Option<Place> {
+        let plain = insn.memory_index() == Register::None
+            && insn.memory_base().size() == 8
+            && insn.memory_base() != Register::RIP
+            && !matches!(insn.memory_segment(), Register::FS | Register::GS);
+        if plain
+            && let Some(n) = number(insn.memory_base()).filter(|&n| !is_homed(n))
+            && let Ok(disp) = i32::try_from(insn.memory_displacement64() as i64)
+            && disp < i32::MAX - 64
+        {
+            return Some(Place::Based(host(n), disp));
+        }
+        self.address(insn)?;
+        Some(Place::Linear)
+    }
+
+    /// Finds the host's page for an access. R8, R9 and R10 are lost; see [`Place`] for how the operand is addressed then.
+    fn check(&mut self, place: Place, wanted: Wanted) {
         let a = &mut self.asm;
-        let size = wanted.size();
-        a.regs(false, &[0x89], R8, R10);
+        let size = wanted.size() as i32;
+        let (base, disp) = match place {
+            Place::Linear => (R8, 0),
+            Place::Based(base, disp) => (base, disp),
+        };
+        let sum = |a: &mut Asm, wide: bool, to: u8, more: i32| {
+            if disp + more == 0 {
+                a.regs(wide, &[0x89], base, to);
+            } else {
+                a.mem(&[], wide, &[0x8d], to, Mem::At(base, disp + more));
+            }
+        };
+        sum(a, false, R10, 0);
         a.shr32(R10, 12 - TlbLayout::SHIFT);
         a.and_imm(false, R10, TlbLayout::MASK);
         a.mem(&[], true, &[0x03], R10, CURRENT_TLB);
         if wanted.is_aligned() {
-            a.mov(R9, R8);
-            a.and_imm(true, R9, -4096 | (size as i32 - 1));
+            sum(a, true, R9, 0);
+            a.and_imm(true, R9, -4096 | (size - 1));
         } else {
-            if size > 1 {
-                a.lea(R9, Mem::At(R8, size as i32 - 1));
-            } else {
-                a.mov(R9, R8);
-            }
+            sum(a, true, R9, size - 1);
             a.and_imm(true, R9, -4096);
         }
         let tag = if wanted.is_write() { TlbLayout::WRITE } else { TlbLayout::READ };
         a.mem(&[], true, &[0x39], R9, Mem::At(R10, tag));
         let from = a.jcc_forward(NOT_EQUAL);
-        a.mem(&[], true, &[0x03], R8, Mem::At(R10, TlbLayout::DELTA));
+        let opcode = if matches!(place, Place::Linear) { 0x03 } else { 0x8b };
+        a.mem(&[], true, &[opcode], R8, Mem::At(R10, TlbLayout::DELTA));
         let resume = a.code.len();
         self.open.push(self.stubs.len());
-        self.stubs.push(Stub::Access { from, wanted, resume, done: None });
+        self.stubs.push(Stub::Access { from, place, wanted, resume, done: None });
     }
 
     fn wanted(&self, d: &Decoded, size: usize, write: bool) -> Wanted {
@@ -563,13 +582,19 @@ impl Translator<'_> {
         if info.vector {
             self.want_vectors(d.live_in);
         }
+        let mut place = Place::Linear;
         if let Some(operand) = memory {
             let write = info.written >> operand & 1 != 0;
             let aligned = info.aligned || insn.mnemonic() == iced_x86::Mnemonic::Cmpxchg16b;
             self.lose_flags(d.live_in, R9);
-            self.address(insn)?;
+            place = if has_high_byte(insn) {
+                self.address(insn)?;
+                Place::Linear
+            } else {
+                self.place(insn)?
+            };
             let wanted = self.wanted(d, size, write).aligned(aligned && size.is_power_of_two());
-            self.check(wanted);
+            self.check(place, wanted);
         }
         // The flags that it reads, and those that it leaves alone.
         let changed = if always_counts(insn, info) { info.flags_changed } else { 0 };
@@ -598,7 +623,7 @@ impl Translator<'_> {
             }
             return Some(());
         }
-        parts.emit(&mut self.asm, info, high, |i| {
+        parts.emit(&mut self.asm, info, high, place.mem(), |i| {
             let field = info.fields[i];
             if field == Field::None || i as u32 >= insn.op_count() || insn.op_kind(i as u32) != OpKind::Register {
                 return None;
@@ -648,26 +673,27 @@ impl Translator<'_> {
     /// Writes `value` below the top of the stack and moves the stack pointer. R8 to R10 are lost.
     fn push_register(&mut self, d: &Decoded, value: Pushed) {
         self.lose_flags(d.live_in, R9);
-        self.asm.lea(R8, Mem::At(R11, -8));
-        self.check(Wanted::new(d.at, d.insn.len() as u8, 8, true).on_stack(true));
+        let top = Place::Based(R11, -8);
+        self.check(top, Wanted::new(d.at, d.insn.len() as u8, 8, true).on_stack(true));
+        let top = top.mem();
         match value {
             Pushed::Register(n) if is_homed(n) => {
                 self.asm.load(R9, home(n));
-                self.asm.store(Mem::At(R8, 0), R9);
+                self.asm.store(top, R9);
             }
-            Pushed::Register(n) => self.asm.store(Mem::At(R8, 0), host(n)),
+            Pushed::Register(n) => self.asm.store(top, host(n)),
             Pushed::Immediate(value) => {
-                self.asm.mem(&[], true, &[0xc7], 0, Mem::At(R8, 0));
+                self.asm.mem(&[], true, &[0xc7], 0, top);
                 self.asm.imm32(value as u32);
             }
             Pushed::Temp => {
                 self.asm.load(R9, TEMP);
-                self.asm.store(Mem::At(R8, 0), R9);
+                self.asm.store(top, R9);
             }
             Pushed::Return(next) => {
                 self.asm.load(R9, BASE);
                 self.asm.lea(R9, Mem::At(R9, i32::from(next)));
-                self.asm.store(Mem::At(R8, 0), R9);
+                self.asm.store(top, R9);
             }
         }
         self.asm.lea(R11, Mem::At(R11, -8));
@@ -682,10 +708,10 @@ impl Translator<'_> {
             }
             OpKind::Memory => {
                 self.lose_flags(d.live_in, R9);
-                self.address(insn)?;
+                let place = self.place(insn)?;
                 let wanted = self.wanted(d, 8, false);
-                self.check(wanted);
-                self.asm.load(R8, Mem::At(R8, 0));
+                self.check(place, wanted);
+                self.asm.load(R8, place.mem());
                 self.asm.store(TEMP, R8);
                 self.push_register(d, Pushed::Temp);
             }
@@ -700,13 +726,13 @@ impl Translator<'_> {
     fn pop(&mut self, d: &Decoded) -> Option<()> {
         let n = operand_number(&d.insn, 0)?;
         self.lose_flags(d.live_in, R9);
-        self.asm.mov(R8, R11);
-        self.check(Wanted::new(d.at, d.insn.len() as u8, 8, false).on_stack(true));
+        let top = Place::Based(R11, 0);
+        self.check(top, Wanted::new(d.at, d.insn.len() as u8, 8, false).on_stack(true));
         if is_homed(n) {
-            self.asm.load(R9, Mem::At(R8, 0));
+            self.asm.load(R9, top.mem());
             self.asm.store(home(n), R9);
         } else {
-            self.asm.load(host(n), Mem::At(R8, 0));
+            self.asm.load(host(n), top.mem());
         }
         if n != RSP {
             self.asm.lea(R11, Mem::At(R11, 8));
@@ -716,10 +742,10 @@ impl Translator<'_> {
 
     fn leave(&mut self, d: &Decoded) {
         self.lose_flags(d.live_in, R9);
-        self.asm.mov(R8, RBP);
-        self.check(Wanted::new(d.at, d.insn.len() as u8, 8, false).on_stack(true));
+        let frame = Place::Based(RBP, 0);
+        self.check(frame, Wanted::new(d.at, d.insn.len() as u8, 8, false).on_stack(true));
         self.asm.lea(R11, Mem::At(RBP, 8));
-        self.asm.load(RBP, Mem::At(R8, 0));
+        self.asm.load(RBP, frame.mem());
     }
 
     /// Divisions whose quotient certainly fits run here, others in the handler. They leave the flags alone, as processors
@@ -730,10 +756,10 @@ impl Translator<'_> {
         let signed = insn.mnemonic() == iced_x86::Mnemonic::Idiv;
         self.lose_flags(d.live_in, R9);
         if insn.op0_kind() == OpKind::Memory {
-            self.address(insn)?;
+            let place = self.place(insn)?;
             let wanted = self.wanted(d, if wide { 8 } else { 4 }, false);
-            self.check(wanted);
-            self.asm.mem(&[], wide, &[0x8b], R9, Mem::At(R8, 0));
+            self.check(place, wanted);
+            self.asm.mem(&[], wide, &[0x8b], R9, place.mem());
         } else {
             let n = number(insn.op0_register())?;
             if is_homed(n) {
@@ -847,7 +873,7 @@ impl Translator<'_> {
             }
         } else {
             self.asm.load(R8, BASE);
-            self.add_to_r8(target);
+            self.asm.add_to_r8(target);
             self.asm.call(self.request.glue.dispatch);
         }
         self.returned(d.end());
@@ -862,9 +888,9 @@ impl Translator<'_> {
     fn ret(&mut self, d: &Decoded) {
         self.lose_flags(d.live_in, R9);
         let more = if d.insn.op_count() == 1 { d.insn.immediate16() } else { 0 };
-        self.asm.mov(R8, R11);
-        self.check(Wanted::new(d.at, d.insn.len() as u8, 8, false).on_stack(true));
-        self.asm.load(R8, Mem::At(R8, 0));
+        let top = Place::Based(R11, 0);
+        self.check(top, Wanted::new(d.at, d.insn.len() as u8, 8, false).on_stack(true));
+        self.asm.load(R8, top.mem());
         self.asm.lea(R11, Mem::At(R11, 8 + i32::from(more)));
         self.note_origin(d, 8 + i32::from(more));
         self.asm.byte(0xc3);
@@ -874,10 +900,10 @@ impl Translator<'_> {
         let insn = &d.insn;
         self.lose_flags(d.live_in, R9);
         if insn.op0_kind() == OpKind::Memory {
-            self.address(insn)?;
+            let place = self.place(insn)?;
             let wanted = self.wanted(d, 8, false);
-            self.check(wanted);
-            self.asm.load(R8, Mem::At(R8, 0));
+            self.check(place, wanted);
+            self.asm.load(R8, place.mem());
         } else {
             let n = number(insn.op0_register())?;
             if is_homed(n) {
@@ -901,32 +927,49 @@ impl Translator<'_> {
         Some(())
     }
 
-    fn finish_stubs(&mut self) {
+    /// Writes what stands out of the way, for where it will lie.
+    fn finish_stubs(&mut self, at: impl FnOnce(usize) -> u64) -> Vec<u8> {
         let glue = self.request.glue;
-        let end_of_block = self.asm.code.len();
-        for stub in std::mem::take(&mut self.stubs) {
-            let a = &mut self.asm;
+        let stubs = std::mem::take(&mut self.stubs);
+        let len = stubs.iter().map(Stub::most).sum::<usize>();
+        let mut aside = Asm::new(at(len));
+        let (a, code) = (&mut aside, &mut self.asm);
+        let end_of_block = code.origin + code.code.len() as u64;
+        for stub in stubs {
+            let here = a.here();
             match stub {
-                Stub::Access { from, wanted, resume, done } => {
-                    a.land(from);
+                Stub::Access { from, place, wanted, resume, done } => {
+                    code.land_abroad(from, here);
+                    if let Place::Based(base, disp) = place {
+                        a.lea(R8, Mem::At(base, disp));
+                    }
                     a.mov_imm32(R9, wanted.0);
                     a.call(glue.access);
-                    let back = a.jmp_forward();
-                    a.land_at(back, resume);
-                    let on = a.jmp_forward();
-                    a.land_at(on, done.unwrap_or(end_of_block));
+                    match place {
+                        Place::Linear => a.jmp(code.origin + resume as u64),
+                        Place::Based(base, disp) => {
+                            // What completes the instruction comes back five bytes further.
+                            let on = a.jmp_forward();
+                            a.jmp(done.map_or(end_of_block, |done| code.origin + done as u64));
+                            a.land(on);
+                            a.lea(R9, Mem::At(base, disp));
+                            a.regs(true, &[0x29], R9, R8); // sub r8, r9
+                            a.jmp(code.origin + resume as u64);
+                            continue;
+                        }
+                    }
+                    a.jmp(done.map_or(end_of_block, |done| code.origin + done as u64));
                 }
                 Stub::Handler { from, op, resume } => {
                     for forward in from {
-                        a.land(forward);
+                        code.land_abroad(forward, here);
                     }
                     a.mov_imm(R8, op);
                     a.call(glue.handler);
-                    let back = a.jmp_forward();
-                    a.land_at(back, resume);
+                    a.jmp(code.origin + resume as u64);
                 }
                 Stub::Link { from, number, target, save_flags } => {
-                    a.land(from);
+                    code.land_abroad(from, here);
                     if save_flags {
                         a.save_flags(STATUS, R9);
                     }
@@ -936,16 +979,16 @@ impl Translator<'_> {
                     a.jmp(glue.leave_to_link);
                 }
                 Stub::Far { from, target, save_flags } => {
-                    a.land(from);
+                    code.land_abroad(from, here);
                     if save_flags {
                         a.save_flags(STATUS, R9);
                     }
                     a.load(R8, BASE);
-                    self.add_to_r8(target);
-                    self.asm.jmp(glue.dispatch);
+                    a.add_to_r8(target);
+                    a.jmp(glue.dispatch);
                 }
                 Stub::Leave { from, at, save_flags } => {
-                    a.land(from);
+                    code.land_abroad(from, here);
                     if save_flags {
                         a.save_flags(STATUS, R9);
                     }
@@ -954,12 +997,52 @@ impl Translator<'_> {
                     a.jmp(glue.leave);
                 }
                 Stub::Vectors { from, resume } => {
-                    a.land(from);
+                    code.land_abroad(from, here);
                     a.call(glue.load_vectors);
-                    let back = a.jmp_forward();
-                    a.land_at(back, resume);
+                    a.jmp(code.origin + resume as u64);
                 }
             }
+        }
+        debug_assert!(aside.code.len() <= len);
+        aside.code.resize(len, 0xcc);
+        aside.code
+    }
+}
+
+impl Stub {
+    /// Bytes of its code at most.
+    fn most(&self) -> usize {
+        match self {
+            Self::Access { place: Place::Linear, .. } => 21,
+            Self::Access { .. } => 45,
+            Self::Handler { .. } => 20,
+            Self::Link { save_flags, .. } => 27 + if *save_flags { FLAGS_SAVED } else { 0 },
+            Self::Far { save_flags, .. } => 32 + if *save_flags { FLAGS_SAVED } else { 0 },
+            Self::Leave { save_flags, .. } => 21 + if *save_flags { FLAGS_SAVED } else { 0 },
+            Self::Vectors { .. } => 10,
+        }
+    }
+}
+
+/// Bytes of code that saves flags.
+const FLAGS_SAVED: usize = 20;
+
+/// Where an access goes.
+#[derive(Debug, Clone, Copy)]
+enum Place {
+    /// The linear address is in R8; once it is checked, the host's is.
+    Linear,
+    /// The linear address is the sum of a host register, which holds a guest's, and a displacement; once it is checked, what
+    /// must be added to it is in R8.
+    Based(u8, i32),
+}
+
+impl Place {
+    /// The operand, once checked.
+    fn mem(self) -> Mem {
+        match self {
+            Self::Linear => Mem::At(R8, 0),
+            Self::Based(base, disp) => Mem::Sum(Some(R8), Some((base, 0)), disp),
         }
     }
 }
