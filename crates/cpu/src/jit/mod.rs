@@ -110,6 +110,8 @@ pub(crate) struct Hot {
     limit: u64,
     entry_stack: u64,
     temp: u64,
+    /// What an access to the stack wants, while it is looked at.
+    wanted: u64,
     origin: u32,
     /// The link by which translated code was left.
     link: u32,
@@ -134,6 +136,7 @@ impl Hot {
             limit: 0,
             entry_stack: 0,
             temp: 0,
+            wanted: 0,
             origin: 0,
             link: NO_LINK,
             vectors: 0,

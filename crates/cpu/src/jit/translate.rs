@@ -12,7 +12,8 @@ use super::asm::{
 };
 use super::encode;
 use super::glue::{
-    ATTENTION, BASE, BOTTOM, CURRENT_TLB, Glue, LIMIT, ORIGIN, RIP, STATUS, TEMP, VECTORS, home, segment_base,
+    ATTENTION, BASE, BOTTOM, CURRENT_TLB, Glue, LIMIT, ORIGIN, RIP, STACK_DELTA, STACK_PAGE, STATUS, TEMP,
+    VECTORS, home, segment_base,
 };
 use super::help::Wanted;
 use super::table::{Class, Field, Info, STATUS_FLAGS, Table};
@@ -526,6 +527,7 @@ impl Translator<'_> {
             Place::Linear => (R8, 0),
             Place::Based(base, disp) => (base, disp),
         };
+        let stack = base == R11 && wanted.size().is_power_of_two();
         let sum = |a: &mut Asm, wide: bool, to: u8, more: i32| {
             if disp + more == 0 {
                 a.regs(wide, &[0x89], base, to);
@@ -533,6 +535,18 @@ impl Translator<'_> {
                 a.mem(&[], wide, &[0x8d], to, Mem::At(base, disp + more));
             }
         };
+        if stack {
+            // It is nearly always in the page it was in before, and aligned.
+            sum(a, true, R9, 0);
+            a.and_imm(true, R9, -4096 | (size - 1));
+            a.mem(&[], true, &[0x3b], R9, STACK_PAGE);
+            let from = a.jcc_forward(NOT_EQUAL);
+            a.load(R8, STACK_DELTA);
+            let resume = a.code.len();
+            self.open.push(self.stubs.len());
+            self.stubs.push(Stub::Access { from, place, wanted, resume, done: None });
+            return;
+        }
         sum(a, false, R10, 0);
         a.shr32(R10, 12 - TlbLayout::SHIFT);
         a.and_imm(false, R10, TlbLayout::MASK);
@@ -944,7 +958,8 @@ impl Translator<'_> {
                         a.lea(R8, Mem::At(base, disp));
                     }
                     a.mov_imm32(R9, wanted.0);
-                    a.call(glue.access);
+                    let stack = matches!(place, Place::Based(R11, _));
+                    a.call(if stack { glue.stack } else { glue.access });
                     match place {
                         Place::Linear => a.jmp(code.origin + resume as u64),
                         Place::Based(base, disp) => {
