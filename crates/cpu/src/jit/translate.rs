@@ -10,7 +10,7 @@ use skep_hv::cpuid::CpuidTable;
 use super::asm::{
     ABOVE, Asm, BELOW, EQUAL, Forward, Mem, NOT_EQUAL, R8, R9, R10, R11, RAX, RBP, RCX, RDX, RSP,
 };
-use super::encode;
+use super::encode::{self, Parts};
 use super::glue::{
     ATTENTION, BASE, BOTTOM, CURRENT_TLB, Glue, LIMIT, ORIGIN, RIP, STACK_DELTA, STACK_PAGE, STATUS, TEMP,
     VECTORS, home, segment_base,
@@ -616,54 +616,104 @@ impl Translator<'_> {
             self.want_flags(R9);
         }
         let high = has_high_byte(insn);
-        // Registers that stay in memory get what is free.
-        let mut free = if memory.is_some() { vec![R10, R9] } else { vec![R10, R9, R8] };
-        let mut placed: [Option<(u8, u8)>; 4] = [None; 4];
-        for i in 0..insn.op_count().min(4) {
-            let Some(n) = operand_number(insn, i) else { continue };
-            if !is_homed(n) || placed.iter().flatten().any(|p| p.0 == n) {
-                continue;
-            }
-            let scratch = free.pop()?;
-            placed[i as usize] = Some((n, scratch));
-            self.asm.load(scratch, home(n));
-        }
-        let placed_at = |n: u8| placed.iter().flatten().find(|p| p.0 == n).map(|p| p.1);
         let moved = (0..insn.op_count()).any(|i| operand_number(insn, i).is_some_and(|n| is_homed(n) || n == RSP));
         if memory.is_none() && !moved {
             self.asm.bytes(bytes);
-            if info.flags_changed != 0 {
-                (self.in_host, self.in_memory) = (true, false);
-            }
-            return Some(());
-        }
-        parts.emit(&mut self.asm, info, high, place.mem(), |i| {
-            let field = info.fields[i];
-            if field == Field::None || i as u32 >= insn.op_count() || insn.op_kind(i as u32) != OpKind::Register {
-                return None;
-            }
-            let register = insn.op_register(i as u32);
-            let n = number(register)?;
-            if is_homed(n) {
-                placed_at(n)
-            } else if n == RSP {
-                Some(R11)
-            } else {
-                None
-            }
-        });
-        for i in 0..insn.op_count().min(4) {
-            if info.written >> i & 1 != 0
-                && let Some(n) = operand_number(insn, i)
-                && let Some(scratch) = placed_at(n)
-            {
-                self.asm.store(home(n), scratch);
-            }
+        } else {
+            self.rewritten(d, parts, memory.is_some(), high, place)?;
         }
         if info.flags_changed != 0 {
             (self.in_host, self.in_memory) = (true, false);
         }
         Some(())
+    }
+
+    /// Writes an instruction with its operands where they are now: a register that stays in memory is read and written there,
+    /// if the instruction can, else loaded before and stored after.
+    fn rewritten(&mut self, d: &Decoded, mut parts: Parts, memory: bool, high: bool, place: Place) -> Option<()> {
+        let (insn, info) = (&d.insn, &d.info);
+        let mut exchanged = None;
+        let mut mem = place.mem();
+        let homed = |i: usize| operand_number(insn, i as u32).filter(|&n| is_homed(n));
+        let mut at_home = None;
+        if !memory {
+            let first = info.fields.iter().position(|&f| f == Field::Rm);
+            let second = info.fields.iter().position(|&f| f == Field::Reg);
+            let usable = |i: usize| homed(i).is_some() && self.may_stay_home(insn, info, i);
+            if let Some(i) = first.filter(|&i| usable(i) && info.rm_or_mem) {
+                at_home = Some(i);
+            } else if let (Some(first), Some(i)) = (first, second)
+                && homed(first).is_none()
+                && usable(i)
+            {
+                let mut opcode = 0;
+                if parts.exchange(&mut opcode) {
+                    exchanged = Some(opcode);
+                    at_home = Some(i);
+                }
+            }
+            if let Some(n) = at_home.and_then(homed) {
+                mem = home(n);
+            }
+        }
+        let written_only = matches!(
+            insn.mnemonic(),
+            iced_x86::Mnemonic::Mov | iced_x86::Mnemonic::Movzx | iced_x86::Mnemonic::Movsx | iced_x86::Mnemonic::Movsxd
+        ) && insn.op0_register().size() >= 4;
+        // What is free, for the registers that must be loaded.
+        let mut free = if memory { vec![R10, R9] } else { vec![R10, R9, R8] };
+        let mut placed: [Option<(u8, u8)>; 4] = [None; 4];
+        for i in 0..insn.op_count().min(4) as usize {
+            let Some(n) = homed(i) else { continue };
+            if at_home == Some(i) || placed.iter().flatten().any(|p| p.0 == n) {
+                continue;
+            }
+            let scratch = free.pop()?;
+            placed[i] = Some((n, scratch));
+            let read_elsewhere = (1..4).any(|k| k != i && homed(k) == Some(n));
+            if !(i == 0 && written_only && !read_elsewhere) {
+                self.asm.load(scratch, home(n));
+            }
+        }
+        let placed_at = |n: u8| placed.iter().flatten().find(|p| p.0 == n).map(|p| p.1);
+        parts.emit(&mut self.asm, info, high, mem, exchanged, |i| {
+            let field = info.fields[i];
+            if field == Field::None || at_home == Some(i) {
+                return None;
+            }
+            match operand_number(insn, i as u32)? {
+                n if is_homed(n) => placed_at(n),
+                RSP => Some(R11),
+                _ => None,
+            }
+        });
+        for i in 0..insn.op_count().min(4) as usize {
+            if info.written >> i & 1 != 0
+                && at_home != Some(i)
+                && let Some(scratch) = homed(i).and_then(placed_at)
+            {
+                self.asm.store(home(homed(i)?), scratch);
+            }
+        }
+        Some(())
+    }
+
+    /// Whether an instruction may work on a register's home instead of the register.
+    fn may_stay_home(&self, insn: &Instruction, info: &Info, i: usize) -> bool {
+        use iced_x86::Mnemonic as M;
+        let size = insn.op_register(i as u32).size();
+        let n = operand_number(insn, i as u32);
+        // Two operands of one register would see each other; with memory these are locked, or reach beyond it.
+        let alone = (0..insn.op_count()).filter(|&k| operand_number(insn, k) == n).count() == 1;
+        let other = matches!(
+            insn.mnemonic(),
+            M::Xchg | M::Xadd | M::Cmpxchg | M::Bt | M::Bts | M::Btr | M::Btc
+        );
+        // Writing 32 bits clears the rest of a register; writing fewer makes the next load wait.
+        // Vector instructions write less to memory than to a register; rotates and shifts leave other flags there.
+        let whole = info.written >> i & 1 == 0 || size == 8 && !info.vector && !info.counted;
+        // A field of the processor makes it longer by up to six bytes, of which no instruction has more than 15.
+        alone && !other && whole && insn.len() <= 9
     }
 
     fn lea(&mut self, d: &Decoded) -> Option<()> {
@@ -1119,7 +1169,9 @@ pub(super) fn needs_handler(insn: &Instruction, info: &Info, key: Key) -> bool {
             let clash = has_high_byte(insn) && (0..insn.op_count()).any(|i| operand_number(insn, i) == Some(RSP));
             // F3 makes one form of XCHG another instruction.
             let repeated = insn.mnemonic() == M::Xchg && insn.has_rep_prefix();
-            let strange = bit_string || implicit || odd || clash || repeated;
+            // With other registers in the operand it might have more than 15 bytes.
+            let long = insn.len() > if memory.is_some() { 12 } else { 14 };
+            let strange = bit_string || implicit || odd || clash || repeated || long;
             unavailable || strange || memory.is_some() && (size == 0 || size > 64)
         }
         Class::Lea => odd || insn.op0_register().size() == 2,
