@@ -1,10 +1,7 @@
 //! From bytes to operations.
 #![expect(unsafe_code, reason = "copies code out of a host page that the TLB vouches for")]
 
-use std::sync::atomic::Ordering;
-
 use iced_x86::{Decoder, DecoderError, DecoderOptions, FlowControl, Instruction, Mnemonic, OpKind, Register};
-use skep_memory::GuestMemory;
 
 use crate::block::{Block, Key, MAX_OPS};
 use crate::cpu::{CodeSize, Cpu, seg};
@@ -64,13 +61,18 @@ impl Cpu {
             }
 
             let on_first = len.min(PAGE as usize - offset);
-            let fresh =
-                self.watch(first.index, offset, on_first) | self.watch(second.index, 0, len - on_first);
-            if fresh {
+            let watch =
+                |page, offset: usize, len: usize| self.memory.start_watching(page, offset as u64, len as u64);
+            let watched = [watch(first.index, offset, on_first), watch(second.index, 0, len - on_first)];
+            let versions = watched.map(|(_, version)| version);
+            if watched.iter().any(|&(tell, _)| tell) {
                 self.everyone_forgets_writes([first.host, second.host]);
+                for (page, (tell, _)) in [first.index, second.index].into_iter().zip(watched) {
+                    if tell {
+                        self.memory.told(page);
+                    }
+                }
             }
-            let version = |memory: &GuestMemory, page| memory.version(page).load(Ordering::SeqCst);
-            let versions = [version(&self.memory, first.index), version(&self.memory, second.index)];
             // From here on a write raises the version; what was read before may be stale already.
             let mut again = [0u8; MAX_OPS * LONGEST + LONGEST];
             copy_code(&first, offset, &mut again[..on_first]);
@@ -87,12 +89,6 @@ impl Cpu {
             let block = Block::new(ops, len as u16, pages);
             return Ok(self.blocks.insert((!straddles).then_some(gpa), key, block));
         }
-    }
-
-    /// Watches code bytes; true if the page was not watched before.
-    fn watch(&self, page: usize, offset: usize, len: usize) -> bool {
-        let mask = GuestMemory::watch_mask(offset as u64, len as u64);
-        mask != 0 && self.memory.watch(page).fetch_or(mask, Ordering::SeqCst) == 0
     }
 
     /// Decodes whole instructions from `bytes` until a block must end: its length in bytes.

@@ -3,6 +3,7 @@
 
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering, fence};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// Bytes that one bit of a page's watch mask stands for.
 pub const WATCH_GRANULE: u64 = crate::PAGE_SIZE / 64;
@@ -25,7 +26,12 @@ pub(crate) struct Books {
     dirty: Box<[AtomicU64]>,
     epoch: AtomicU32,
     logging: AtomicBool,
+    /// Held while a page's mask and version change together; a page's is the one of its number's lowest bits. In it, pages that
+    /// not everybody knows to be watched, once for each processor that is telling the others.
+    untold: [Mutex<Vec<usize>>; LOCKS],
 }
+
+const LOCKS: usize = 64;
 
 impl Books {
     pub(crate) fn new(pages: usize) -> Self {
@@ -35,6 +41,7 @@ impl Books {
             dirty: zeroed(pages.div_ceil(64)),
             epoch: AtomicU32::new(0),
             logging: AtomicBool::new(false),
+            untold: [const { Mutex::new(Vec::new()) }; LOCKS],
         }
     }
 
@@ -81,10 +88,37 @@ impl Books {
         fence(Ordering::SeqCst);
         let watch = &self.watch[page];
         if watch.load(Ordering::SeqCst) & mask(offset, len) != 0 {
-            watch.store(0, Ordering::SeqCst);
+            // Who finds the mask cleared by somebody else relies on the version having been raised.
+            let _together = self.untold(page);
             self.version[page].fetch_add(1, Ordering::SeqCst);
             self.epoch.fetch_add(1, Ordering::SeqCst);
+            watch.store(0, Ordering::SeqCst);
         }
+    }
+
+    /// Watches bytes of a page: whether there may be somebody who does not know that the page is watched, and the version that a
+    /// later write to these bytes raises.
+    pub(crate) fn start_watching(&self, page: usize, offset: u64, len: u64) -> (bool, u32) {
+        let mut untold = self.untold(page);
+        let mask = mask(offset, len);
+        let before = self.watch[page].fetch_or(mask, Ordering::SeqCst);
+        let tell = mask != 0 && (before == 0 || untold.contains(&page));
+        if tell {
+            untold.push(page);
+        }
+        (tell, self.version[page].load(Ordering::SeqCst))
+    }
+
+    /// Whoever was to tell has told everybody.
+    pub(crate) fn told(&self, page: usize) {
+        let mut untold = self.untold(page);
+        if let Some(at) = untold.iter().position(|&other| other == page) {
+            untold.swap_remove(at);
+        }
+    }
+
+    fn untold(&self, page: usize) -> MutexGuard<'_, Vec<usize>> {
+        self.untold[page % LOCKS].lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -171,6 +205,22 @@ atomic_access! {
 #[cfg(test)]
 mod tests {
     use super::mask;
+
+    #[test]
+    fn until_everybody_has_been_told_each_watcher_is_to_tell() {
+        let books = super::Books::new(2);
+        assert_eq!(books.start_watching(1, 0, 64), (true, 0));
+        // The first has not told anybody yet: the second may not rely on it.
+        assert_eq!(books.start_watching(1, 64, 64), (true, 0));
+        assert_eq!(books.start_watching(0, 0, 0), (false, 0));
+        books.told(1);
+        assert_eq!(books.start_watching(1, 128, 64), (true, 0));
+        books.told(1);
+        books.told(1);
+        assert_eq!(books.start_watching(1, 192, 64), (false, 0));
+        books.written(1, 0, 1);
+        assert_eq!(books.start_watching(1, 0, 64), (true, 1));
+    }
 
     #[test]
     fn a_mask_covers_exactly_the_granules_touched() {

@@ -288,6 +288,18 @@ impl GuestMemory {
         self.0.books.watch(page)
     }
 
+    /// Watches `len` bytes at `offset` of a page. The page's version, which a write to these bytes from now on raises before
+    /// the mask is cleared, comes with whether somebody may still write without looking at the mask: then it is for the
+    /// caller to make everybody look, itself included, and to say so by [`GuestMemory::told`].
+    pub fn start_watching(&self, page: usize, offset: u64, len: u64) -> (bool, u32) {
+        self.0.books.start_watching(page, offset, len)
+    }
+
+    /// Everybody who writes to the page looks at its mask, since a [`GuestMemory::start_watching`] that asked for it.
+    pub fn told(&self, page: usize) {
+        self.0.books.told(page);
+    }
+
     /// Counts how often watched code on a page was overwritten.
     pub fn version(&self, page: usize) -> &AtomicU32 {
         self.0.books.version(page)
