@@ -3,7 +3,7 @@
 # SMEP, WP, and another processor that is told to forget. What is expected is SDM vol. 3A §4.6 to §4.10.
         .include "macros.inc"
 
-        .set    HOT, 20000
+        .set    HOT, 100000
         .set    ROUNDS, 200
         .set    WINDOW, 0x40000000      # 2 MiB of pages of 4 KiB: entry n of window_pt is page n
         .set    LARGE, 0x40200000       # the next 2 MiB

@@ -3,7 +3,7 @@
 
         .code64
         .section .text
-        .global traps_init, traps_load, set_gate, set_user_gate, compare_trap
+        .global traps_init, traps_load, trapped, set_gate, set_user_gate, compare_trap
 
 # Fills in the tables and loads them.
 traps_init:
