@@ -8,6 +8,7 @@ use skep_memory::GuestMemory;
 
 use crate::block::Blocks;
 use crate::fault::Raised;
+use crate::jit::{Hot, Jit};
 use crate::mmu::Tlb;
 use crate::native::{Fpu, Thunks};
 use crate::regs::Regs;
@@ -158,6 +159,8 @@ pub(crate) struct Cpu {
     pub(crate) status: u16,
     /// Derived mode.
     pub(crate) mode: Mode,
+    /// What translated code touches.
+    pub(crate) hot: Hot,
     /// Why the last instruction was abandoned.
     pub(crate) raised: Raised,
     /// Address translations.
@@ -234,6 +237,8 @@ pub(crate) struct Cpu {
     pub(crate) msrs: Msrs,
     /// Decoded code.
     pub(crate) blocks: Blocks,
+    /// Translated code, if the engine is the translator.
+    pub(crate) jit: Option<Box<Jit>>,
     /// The machine, while running.
     pub(crate) io: IoSlot,
     /// Guest memory.
@@ -309,8 +314,9 @@ impl Cpu {
                 long: false,
                 paging: false,
             },
+            hot: Hot::new(),
             raised: Raised::None,
-            tlb: Tlb::new(),
+            tlb: Tlb::new(memory.page_count()),
             segs: [Segment::default(); 6],
             rflags_rest: 2,
             look: true,
@@ -346,6 +352,7 @@ impl Cpu {
             fpu: Box::new(Fpu::new()),
             msrs: Msrs::new(id, &shared),
             blocks: Blocks::new(),
+            jit: None,
             io: IoSlot::empty(),
             memory,
             shared,

@@ -3,6 +3,7 @@
 
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering, fence};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 /// Bytes that one bit of a page's watch mask stands for.
 pub const WATCH_GRANULE: u64 = crate::PAGE_SIZE / 64;
@@ -18,12 +19,31 @@ pub struct HostPage {
     pub writable: bool,
 }
 
+/// Changes of watched code that are remembered.
+const CHANGES: usize = 64;
+
+/// Told after watched code was overwritten ([`crate::GuestMemory::on_code_change`]).
+pub type CodeListener = dyn Fn() + Send + Sync;
+
+/// What has happened to watched code lately ([`crate::GuestMemory::changed_since`]).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CodeChanges {
+    /// [`crate::GuestMemory::epoch`] that this is up to date with.
+    pub epoch: u32,
+    /// The pages whose version has risen, oldest first; `None` if that is not known any more: it may be any.
+    pub pages: Option<Vec<usize>>,
+}
+
 /// Books kept per page of backing store.
 pub(crate) struct Books {
     watch: Box<[AtomicU64]>,
     version: Box<[AtomicU32]>,
     dirty: Box<[AtomicU64]>,
+    /// Changes so far; raised under the lock of `changes`.
     epoch: AtomicU32,
+    /// The page of change number `n` is at `n % CHANGES`.
+    changes: Mutex<[usize; CHANGES]>,
+    listeners: Mutex<Vec<Weak<CodeListener>>>,
     logging: AtomicBool,
 }
 
@@ -34,8 +54,14 @@ impl Books {
             version: zeroed(pages),
             dirty: zeroed(pages.div_ceil(64)),
             epoch: AtomicU32::new(0),
+            changes: Mutex::new([0; CHANGES]),
+            listeners: Mutex::new(Vec::new()),
             logging: AtomicBool::new(false),
         }
+    }
+
+    pub(crate) fn pages(&self) -> usize {
+        self.watch.len()
     }
 
     pub(crate) fn watch(&self, page: usize) -> &AtomicU64 {
@@ -83,8 +109,41 @@ impl Books {
         if watch.load(Ordering::SeqCst) & mask(offset, len) != 0 {
             watch.store(0, Ordering::SeqCst);
             self.version[page].fetch_add(1, Ordering::SeqCst);
-            self.epoch.fetch_add(1, Ordering::SeqCst);
+            self.code_changed(page);
         }
+    }
+
+    /// Who sees the epoch that this makes also sees the version and the entry that came before it.
+    #[cold]
+    fn code_changed(&self, page: usize) {
+        {
+            let mut changes = self.changes.lock().unwrap_or_else(PoisonError::into_inner);
+            let number = self.epoch.load(Ordering::SeqCst);
+            changes[number as usize % CHANGES] = page;
+            self.epoch.store(number.wrapping_add(1), Ordering::SeqCst);
+        }
+        let listeners: Vec<Arc<CodeListener>> = {
+            let listeners = self.listeners.lock().unwrap_or_else(PoisonError::into_inner);
+            listeners.iter().filter_map(Weak::upgrade).collect()
+        };
+        for listener in listeners {
+            listener();
+        }
+    }
+
+    pub(crate) fn changed_since(&self, since: u32) -> CodeChanges {
+        let changes = self.changes.lock().unwrap_or_else(PoisonError::into_inner);
+        let epoch = self.epoch.load(Ordering::SeqCst);
+        let count = epoch.wrapping_sub(since);
+        let page = |back: u32| changes[epoch.wrapping_sub(back) as usize % CHANGES];
+        let pages = (count as usize <= CHANGES).then(|| (1..=count).rev().map(page).collect());
+        CodeChanges { epoch, pages }
+    }
+
+    pub(crate) fn listen(&self, listener: Weak<CodeListener>) {
+        let mut listeners = self.listeners.lock().unwrap_or_else(PoisonError::into_inner);
+        listeners.retain(|l| l.strong_count() > 0);
+        listeners.push(listener);
     }
 }
 
