@@ -148,13 +148,17 @@ class Peer {
   }
 }
 
-function peers(chosen, kernel, { initrd, tree }) {
-  const { cpus, memory, engine, qemu } = chosen
-  const boot = { kernel, initrd, cmdline: CMDLINE }
-  const config = { cpus, memory, accel: 'software', ...(engine && { engine }), onReboot: 'exit', boot }
+/** Skep's machine. */
+const configure = ({ cpus, memory, engine }, boot) => ({
+  ...{ cpus, memory, accel: 'software', onReboot: 'exit', boot },
+  ...(engine && { engine }),
+})
+
+function peers(chosen, boot, tree) {
+  const { cpus, memory, qemu } = chosen
   const names = process.getuid() === 0 ? ['--mount'] : ['--mount', '--map-root-user']
   const starts = {
-    skep: skep(config),
+    skep: skep(configure(chosen, boot)),
     tcg: !chosen['skip-qemu'] && qemuTcg({ qemu, cpu: chosen['qemu-cpu'], cpus, memory, ...boot }),
     native: !chosen['skip-native'] && ['unshare', [...names, 'sh', '-c', NATIVE, tree, `${cpus}`]],
   }
@@ -164,10 +168,10 @@ function peers(chosen, kernel, { initrd, tree }) {
 }
 
 /** For a profile of one thing: the crate's example program boots the guest, runs it, and the guest powers off. */
-async function commands(wanted, { ms, cpus, memory }, kernel, { initrd }) {
+async function commands(wanted, { ms, cpus, memory, engine }, { kernel, initrd }) {
   const { parseSize } = await import('../dist/index.js')
   const mib = Number(parseSize(memory)) / (1 << 20)
-  const machine = `-m ${mib} -c ${cpus} --kernel ${kernel} --initrd ${initrd} --stats`
+  const machine = `-m ${mib} -c ${cpus} --kernel ${kernel} --initrd ${initrd} --stats${engine ? ` --engine ${engine}` : ''}`
   const run = `cargo run --release --package skep-machine --example run -- ${machine}`
   return wanted.map((subject) => `${run} --cmdline '${CMDLINE} -- ${orderFor(subject, ms)}' </dev/null\n`).join('')
 }
@@ -229,9 +233,12 @@ await main(async () => {
   await build()
   const { kernel } = await prepareGuest()
   const guest = await prepareCpuGuest({ programs: wanted.some(({ command }) => command) })
-  if (chosen.prepare) return void process.stdout.write(await commands(wanted, chosen, kernel, guest))
-  const about = { ...(await host()), qemu: version, options: chosen, guest: { kernel, cmdline: CMDLINE, ...guest } }
-  const all = peers(chosen, kernel, guest)
+  const boot = { kernel, initrd: guest.initrd, cmdline: CMDLINE }
+  if (chosen.prepare) return void process.stdout.write(await commands(wanted, chosen, boot))
+  const { resolve } = await import('../dist/index.js')
+  const { engine } = resolve(configure(chosen, boot))
+  const about = { ...(await host()), qemu: version, engine, options: chosen, boot, packages: guest.packages }
+  const all = peers(chosen, boot, guest.tree)
 
   const samples = []
   const boots = []
