@@ -72,6 +72,8 @@ pub(super) struct Glue {
     pub(super) enter: u64,
     /// Goes on at the guest address in R8. Status flags are in memory.
     pub(super) dispatch: u64,
+    /// As `dispatch`, for blocks that have looked for attention themselves.
+    pub(super) dispatch_at_once: u64,
     /// As `dispatch`, after a return that was not foreseen.
     pub(super) unforeseen: u64,
     /// Leaves, with RIP in R8.
@@ -138,6 +140,7 @@ pub(super) fn emit(asm: &mut Asm, access: AccessHelper, handler: HandlerHelper, 
     asm.load(R10, ATTENTION);
     asm.cmp_dword(Mem::At(R10, 0), 0);
     let called = asm.jcc_forward(NOT_EQUAL);
+    glue.dispatch_at_once = asm.here();
     asm.regs(false, &[0x89], R8, R9);
     asm.shr32(R9, JUMP_SHIFT as u8);
     asm.regs(false, &[0x31], R8, R9);

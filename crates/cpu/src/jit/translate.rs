@@ -224,7 +224,12 @@ pub(super) fn translate(
         open: Vec::new(),
         request,
     };
-    if live != 0 {
+    if live != 0 && loses_flags_first(insns) {
+        // Who comes with them in memory need not load them only to see them saved again.
+        t.asm.save_flags(STATUS, R9);
+        t.entry.from_memory = t.asm.here();
+        (t.in_host, t.in_memory) = (false, true);
+    } else if live != 0 {
         t.asm.load_flags(STATUS, R9);
         t.entry.from_host = t.asm.here();
     }
@@ -265,6 +270,20 @@ fn liveness(insns: &mut [Decoded], request: &Request<'_>, table: &mut Table) {
         live = live_before(&d.insn, &d.info, live);
         d.live_in = live;
     }
+}
+
+/// Whether flags must be put away before anything reads or partly changes them.
+fn loses_flags_first(insns: &[Decoded]) -> bool {
+    for d in insns {
+        match d.info.class {
+            Class::Plain if memory_operand(&d.insn).is_some() || d.info.vector => return true,
+            Class::Plain if d.info.flags_read | d.info.flags_changed != 0 => return false,
+            Class::Plain | Class::Lea | Class::Nothing => {}
+            Class::Branch => return false,
+            _ => return true,
+        }
+    }
+    true
 }
 
 /// Flags that matter in front of an instruction, given those behind it.
@@ -938,7 +957,7 @@ impl Translator<'_> {
         } else {
             self.asm.load(R8, BASE);
             self.asm.add_to_r8(target);
-            self.asm.call(self.request.glue.dispatch);
+            self.asm.call(self.request.glue.dispatch_at_once);
         }
         self.returned(d.end());
     }
@@ -1050,7 +1069,7 @@ impl Translator<'_> {
                     }
                     a.load(R8, BASE);
                     a.add_to_r8(target);
-                    a.jmp(glue.dispatch);
+                    a.jmp(glue.dispatch_at_once);
                 }
                 Stub::Leave { from, at, save_flags } => {
                     code.land_abroad(from, here);
