@@ -161,6 +161,8 @@ pub(crate) struct Cpu {
     pub(crate) mode: Mode,
     /// What translated code touches.
     pub(crate) hot: Hot,
+    /// Where translated code was left for: linear address and stamp.
+    pub(crate) left_for: (u64, u64),
     /// Why the last instruction was abandoned.
     pub(crate) raised: Raised,
     /// Address translations.
@@ -315,6 +317,7 @@ impl Cpu {
                 paging: false,
             },
             hot: Hot::new(),
+            left_for: (0, 0),
             raised: Raised::None,
             tlb: Tlb::new(memory.page_count()),
             segs: [Segment::default(); 6],

@@ -62,7 +62,7 @@ pub(super) const BOTTOM: Mem = hot(offset_of!(Hot, bottom));
 pub(super) const LIMIT: Mem = hot(offset_of!(Hot, limit));
 const WANTED: Mem = hot(offset_of!(Hot, wanted));
 const LINK: Mem = hot(offset_of!(Hot, link));
-const STAMP: Mem = hot(offset_of!(Hot, stamp));
+pub(super) const STAMP: Mem = hot(offset_of!(Hot, stamp));
 const ENTRY_STACK: Mem = hot(offset_of!(Hot, entry_stack));
 
 /// Addresses of the routines.

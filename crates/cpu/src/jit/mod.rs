@@ -47,6 +47,8 @@ const JUMPS: usize = 16384;
 const JUMP_SHIFT: u32 = 12;
 /// Code memory kept free for one block.
 const RESERVE: usize = 64 << 10;
+/// Pages whose code others may lead to directly, before all code is dropped.
+const RECORDS: usize = 16 << 10;
 /// No link.
 const NO_LINK: u32 = u32::MAX;
 
@@ -169,6 +171,8 @@ struct OpenLink {
 struct PageCode {
     version: u32,
     blocks: Vec<u64>,
+    /// Number of its record: where it was last found to be mapped ([`Jit::record`]).
+    record: Option<usize>,
 }
 
 /// All translated code of one vCPU.
@@ -184,6 +188,10 @@ pub(crate) struct Jit {
     /// Code for instructions that straddle pages, by the second page's address. What `blocks` has of them leads to the jump
     /// cache, as it is by linear address that the second page is found.
     straddling: HashMap<u64, HashMap<u64, u64>, BuildHasherDefault<Mix>>,
+    /// Entries of blocks for jumps from other pages.
+    foreign: HashMap<u64, u64, BuildHasherDefault<Mix>>,
+    /// Records given out.
+    records: usize,
     links: Vec<OpenLink>,
     #[expect(clippy::vec_box, reason = "operations are pointed to and must not move")]
     ops: Vec<Box<Op>>,
@@ -203,6 +211,7 @@ enum Found {
 impl Jit {
     pub(crate) fn new() -> io::Result<Self> {
         let mut memory = CodeMemory::new()?;
+        memory.reserve(16 * RECORDS);
         let mut asm = asm::Asm::new(memory.next());
         let wide = std::arch::is_x86_feature_detected!("avx");
         let glue = glue::emit(&mut asm, help::access, help::handler, wide);
@@ -219,6 +228,8 @@ impl Jit {
             blocks: HashMap::default(),
             pages: HashMap::default(),
             straddling: HashMap::default(),
+            foreign: HashMap::default(),
+            records: 0,
             links: Vec::new(),
             ops: Vec::new(),
             chain: true,
@@ -239,6 +250,8 @@ impl Jit {
         self.blocks.clear();
         self.pages.clear();
         self.straddling.clear();
+        self.foreign.clear();
+        self.records = 0;
         self.links.clear();
         self.ops.clear();
     }
@@ -253,8 +266,53 @@ impl Jit {
             for block in &code.blocks {
                 self.blocks.remove(block);
                 self.straddling.remove(block);
+                self.foreign.remove(block);
+            }
+            if let Some(record) = code.record {
+                self.memory.set_data(16 * record + 8, u64::MAX);
             }
         }
+    }
+
+    /// Notes that a page is mapped at `linear` under a stamp.
+    fn record(&mut self, page: usize, linear: u64, stamp: u64) {
+        let Some(code) = self.pages.get_mut(&page) else { return };
+        if code.record.is_none() && self.records < RECORDS {
+            code.record = Some(self.records);
+            self.records += 1;
+        }
+        if let Some(record) = code.record {
+            self.memory.set_data(16 * record, linear & !(PAGE - 1));
+            self.memory.set_data(16 * record + 8, stamp);
+        }
+    }
+
+    /// Where jumps from other pages enter a block, with its linear address in R8: first they make sure that its page still is
+    /// where they think.
+    fn foreign(&mut self, id: u64, entry: Entry, page: usize) -> u64 {
+        if let Some(&code) = self.foreign.get(&id) {
+            return code;
+        }
+        let record = self.pages.get(&page).and_then(|code| code.record);
+        let (Some(record), false) = (record, self.straddling.contains_key(&id)) else {
+            return self.glue.dispatch_at_once;
+        };
+        let mut a = asm::Asm::new(self.memory.next());
+        let at = a.here();
+        a.mov(asm::R9, asm::R8);
+        a.and_imm(true, asm::R9, -4096);
+        a.near(0x3b, asm::R9, self.memory.data(16 * record));
+        a.jcc(asm::NOT_EQUAL, self.glue.dispatch_at_once);
+        a.load(asm::R10, glue::STAMP);
+        a.near(0x3b, asm::R10, self.memory.data(16 * record + 8));
+        a.jcc(asm::NOT_EQUAL, self.glue.dispatch_at_once);
+        a.store(glue::BASE, asm::R9);
+        a.jmp(entry.from_memory);
+        if !self.memory.add(&a.code, &[]) {
+            return self.glue.dispatch_at_once;
+        }
+        self.foreign.insert(id, at);
+        at
     }
 
     /// Drops the code of pages that have changed.
@@ -271,7 +329,7 @@ impl Jit {
             // It has changed since its other blocks were made.
             self.drop_page(page);
         }
-        let code = self.pages.entry(page).or_insert(PageCode { version, blocks: Vec::new() });
+        let code = self.pages.entry(page).or_insert(PageCode { version, blocks: Vec::new(), record: None });
         code.blocks.push(id);
     }
 
@@ -397,14 +455,23 @@ impl Cpu {
                 None => return Ok(Found::Step),
             },
         };
-        if let (Some(open), Some(entry)) = (jit.links.get(link as usize), jit.blocks.get(&id))
-            && open.target == id
-        {
-            jit.memory.link(open.link.end, if open.link.in_host { entry.from_host } else { entry.from_memory });
-        }
         if jit.chain {
             // Translating may have made others flush us.
-            jit.jumps[Jit::slot(linear)] = Jump { linear, stamp: self.code_stamp(), code, unused: 0 };
+            let now = self.code_stamp();
+            jit.jumps[Jit::slot(linear)] = Jump { linear, stamp: now, code, unused: 0 };
+            jit.record(page.index, linear, now);
+        }
+        // The link that was left by, if nothing has come between: an interrupt, say.
+        if self.left_for == (linear, stamp)
+            && let (Some(&open), Some(&entry)) = (jit.links.get(link as usize), jit.blocks.get(&id))
+        {
+            if open.link.far {
+                let to = jit.foreign(id, entry, page.index);
+                jit.memory.link(open.link.end, to);
+            } else if open.target == id {
+                let to = if open.link.in_host { entry.from_host } else { entry.from_memory };
+                jit.memory.link(open.link.end, to);
+            }
         }
         Ok(Found::Code(code))
     }
@@ -538,6 +605,7 @@ impl Cpu {
             let enter: extern "sysv64" fn(u64) = std::mem::transmute(enter as *const ());
             enter(code);
         }
+        self.left_for = (self.rip, self.hot.stamp);
     }
 
     /// Runs the block at RIP, alone, leaving what it raises in [`Cpu::raised`]: for comparisons. False if it cannot be

@@ -128,6 +128,8 @@ pub(super) struct Link {
     pub(super) target: u16,
     /// Status flags are in the host's, not in memory.
     pub(super) in_host: bool,
+    /// It leads to another page: the linear address of its target is in R8.
+    pub(super) far: bool,
 }
 
 /// A block that exists.
@@ -908,7 +910,7 @@ impl Translator<'_> {
     fn link(&mut self, from: Forward, target: u16, save_flags: bool) {
         let number = self.request.first_link + self.links.len();
         let end = self.asm.origin + from.0 as u64;
-        self.links.push(Link { end, target, in_host: self.in_host });
+        self.links.push(Link { end, target, in_host: self.in_host, far: false });
         self.stubs.push(Stub::Link { from, number, target, save_flags });
     }
 
@@ -957,7 +959,14 @@ impl Translator<'_> {
         } else {
             self.asm.load(R8, BASE);
             self.asm.add_to_r8(target);
-            self.asm.call(self.request.glue.dispatch_at_once);
+            if self.request.chain {
+                self.asm.mov_imm32(R9, (self.request.first_link + self.links.len()) as u32);
+                self.asm.call(self.request.glue.leave_to_link);
+                let (end, target) = (self.asm.here(), (target & 0xfff) as u16);
+                self.links.push(Link { end, target, in_host: false, far: true });
+            } else {
+                self.asm.call(self.request.glue.dispatch_at_once);
+            }
         }
         self.returned(d.end());
     }
@@ -1069,7 +1078,14 @@ impl Translator<'_> {
                     }
                     a.load(R8, BASE);
                     a.add_to_r8(target);
-                    a.jmp(glue.dispatch_at_once);
+                    if self.request.chain {
+                        a.mov_imm32(R9, (self.request.first_link + self.links.len()) as u32);
+                        a.jmp(glue.leave_to_link);
+                        let target = (target & 0xfff) as u16;
+                        self.links.push(Link { end: a.here(), target, in_host: false, far: true });
+                    } else {
+                        a.jmp(glue.dispatch_at_once);
+                    }
                 }
                 Stub::Leave { from, at, save_flags } => {
                     code.land_abroad(from, here);
@@ -1101,7 +1117,7 @@ impl Stub {
             Self::Access { .. } => 45,
             Self::Handler { .. } => 20,
             Self::Link { save_flags, .. } => 27 + if *save_flags { FLAGS_SAVED } else { 0 },
-            Self::Far { save_flags, .. } => 32 + if *save_flags { FLAGS_SAVED } else { 0 },
+            Self::Far { save_flags, .. } => 38 + if *save_flags { FLAGS_SAVED } else { 0 },
             Self::Leave { save_flags, .. } => 21 + if *save_flags { FLAGS_SAVED } else { 0 },
             Self::Vectors { .. } => 10,
         }
