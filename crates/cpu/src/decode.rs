@@ -4,7 +4,6 @@
 use std::sync::atomic::Ordering;
 
 use iced_x86::{Decoder, DecoderError, DecoderOptions, FlowControl, Instruction, Mnemonic, OpKind, Register};
-use skep_memory::GuestMemory;
 
 use crate::block::{Block, Key, MAX_OPS};
 use crate::cpu::{CodeSize, Cpu, seg};
@@ -88,28 +87,20 @@ impl Cpu {
     /// Watches pieces of two pages (or of one twice), each from an offset and so long, which makes everyone forget that they
     /// might be written: the pages' versions. `None`: a write has taken the watch away again.
     pub(crate) fn watch_code(&mut self, pieces: [(Code, usize, usize); 2]) -> Option<[u32; 2]> {
-        let [first, second] = pieces;
         // Somebody else's watch on the page holds only once all have forgotten their writes to it.
         self.shared.watching.fetch_add(1, Ordering::SeqCst);
-        let fresh = self.watch(first.0.index, first.1, first.2) | self.watch(second.0.index, second.1, second.2);
+        let watches = pieces
+            .map(|(page, offset, len)| self.memory.start_watching(page.index, offset as u64, len as u64));
+        let fresh = watches.iter().any(|&(fresh, _)| fresh);
         if fresh || self.shared.watching.load(Ordering::SeqCst) != 1 {
-            self.everyone_forgets_writes([first.0.frame(), second.0.frame()]);
+            self.everyone_forgets_writes(pieces.map(|(page, ..)| page.frame()));
         }
         self.shared.watching.fetch_sub(1, Ordering::SeqCst);
-        let version = |page| self.memory.version(page).load(Ordering::SeqCst);
-        let versions = [version(first.0.index), version(second.0.index)];
-        // A write that found an earlier watch may have taken ours away with it.
-        let watched = |(page, offset, len): (Code, usize, usize)| {
-            let mask = GuestMemory::watch_mask(offset as u64, len as u64);
-            self.memory.watch(page.index).load(Ordering::SeqCst) & mask == mask
+        // A write meanwhile has taken the watch away, and raised the version.
+        let current = |(&(page, ..), (_, version)): (&(Code, usize, usize), (bool, u32))| {
+            self.memory.version(page.index).load(Ordering::SeqCst) == version
         };
-        (watched(first) && watched(second)).then_some(versions)
-    }
-
-    /// Watches code bytes; true if the page was not watched before.
-    fn watch(&self, page: usize, offset: usize, len: usize) -> bool {
-        let mask = GuestMemory::watch_mask(offset as u64, len as u64);
-        mask != 0 && self.memory.watch(page).fetch_or(mask, Ordering::SeqCst) == 0
+        pieces.iter().zip(watches).all(current).then(|| watches.map(|(_, version)| version))
     }
 
     /// Decodes whole instructions from `bytes` until a block must end: its length in bytes.

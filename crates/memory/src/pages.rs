@@ -105,22 +105,30 @@ impl Books {
         // A decoder sets the watch, then reads the bytes; we have written the bytes and read the watch: one of us must see
         // the other, which takes a full barrier on both sides.
         fence(Ordering::SeqCst);
-        let watch = &self.watch[page];
-        if watch.load(Ordering::SeqCst) & mask(offset, len) != 0 {
-            watch.store(0, Ordering::SeqCst);
-            self.version[page].fetch_add(1, Ordering::SeqCst);
+        if self.watch[page].load(Ordering::SeqCst) & mask(offset, len) != 0 {
             self.code_changed(page);
         }
     }
 
-    /// Who sees the epoch that this makes also sees the version and the entry that came before it.
+    /// Watches bytes of a page: whether nothing on it was watched, and the version that a later write to these bytes raises.
+    pub(crate) fn start_watching(&self, page: usize, offset: u64, len: u64) -> (bool, u32) {
+        let _whole = self.changes.lock().unwrap_or_else(PoisonError::into_inner);
+        let mask = mask(offset, len);
+        let before = self.watch[page].fetch_or(mask, Ordering::SeqCst);
+        (mask != 0 && before == 0, self.version[page].load(Ordering::SeqCst))
+    }
+
+    /// Who sees the epoch that this makes also sees the version and the entry that came before it. Who finds the mask cleared
+    /// sees the epoch: that there is something to be noticed. And nobody begins to watch halfway through.
     #[cold]
     fn code_changed(&self, page: usize) {
         {
             let mut changes = self.changes.lock().unwrap_or_else(PoisonError::into_inner);
+            self.version[page].fetch_add(1, Ordering::SeqCst);
             let number = self.epoch.load(Ordering::SeqCst);
             changes[number as usize % CHANGES] = page;
             self.epoch.store(number.wrapping_add(1), Ordering::SeqCst);
+            self.watch[page].store(0, Ordering::SeqCst);
         }
         let listeners: Vec<Arc<CodeListener>> = {
             let listeners = self.listeners.lock().unwrap_or_else(PoisonError::into_inner);

@@ -293,6 +293,12 @@ impl GuestMemory {
         self.0.books.watch(page)
     }
 
+    /// Watches `len` bytes at `offset` of a page: whether nothing on it was watched before, so that somebody may still write
+    /// without looking at the mask, and the page's version, which a write to these bytes from now on raises.
+    pub fn start_watching(&self, page: usize, offset: u64, len: u64) -> (bool, u32) {
+        self.0.books.start_watching(page, offset, len)
+    }
+
     /// Counts how often watched code on a page was overwritten.
     pub fn version(&self, page: usize) -> &AtomicU32 {
         self.0.books.version(page)
