@@ -8,10 +8,9 @@ const { contenders, runs, cpus, memoryMiB, kernel, initrd, cmdlines, marker, tim
   process.argv[2],
 )
 
-/** Only what every one of the machines has: memory, processors, one serial port. Guest memory is a memfd, as Skep's is. */
+/** Only what every one of the machines has: memory, processors, one serial port. */
 const qemuArgs = (machine, count, cmdline) => [
-  ...['-machine', `${machine},memory-backend=ram`, '-accel', accel === 'kvm' ? 'kvm' : 'tcg'],
-  ...['-object', `memory-backend-memfd,id=ram,size=${memoryMiB}M,share=on`],
+  ...['-machine', machine, '-accel', accel === 'kvm' ? 'kvm' : 'tcg'],
   ...['-cpu', accel === 'kvm' ? 'host' : 'max', '-smp', `${count}`, '-m', `${memoryMiB}M`],
   ...['-nodefaults', '-no-user-config', '-display', 'none', '-no-reboot', '-serial', 'stdio'],
   ...['-kernel', kernel, '-initrd', initrd, '-append', cmdline],
@@ -35,7 +34,7 @@ const START = {
   'qemu microvm': (count, cmdline) => [qemu, qemuArgs('microvm', count, cmdline)],
 }
 
-const inspect = (pid) => ({ memory: memory(pid), kernel: kernelCounts(pid) })
+const inspect = (pid) => ({ memory: memory(pid, memoryMiB << 20), kernel: kernelCounts(pid) })
 
 const samples = []
 // Run 0 warms the page cache and is not kept.

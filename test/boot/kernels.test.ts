@@ -112,7 +112,6 @@ const wrongInL1: Record<string, number[]> = {
   emulation: [48],
   lines: [39],
 }
-const inL1 = accel === 'kvm' && process.env['SKEP_L1'] !== undefined
 
 /** The checks that failed and should not have. */
 function failures(guest: string, output: string): string[] {

@@ -1,7 +1,7 @@
 //! Runs one machine without Node: the serial console on stdin and stdout, bhyve's exit status.
 //!
-//! `run (--kernel FILE [--initrd FILE] [--cmdline TEXT] [--module FILE]... | --rom FILE) [-m MIB] [-c CPUS] [--accel software|kvm] [--debug-exit] [--exit-on-reboot]
-//! [--stats]`
+//! `run (--kernel FILE [--initrd FILE] [--cmdline TEXT] [--module FILE]... | --rom FILE) [-m MIB] [-c CPUS] [--accel software|kvm] [--huge-pages auto|off|thp|2M|1G]
+//! [--debug-exit] [--exit-on-reboot] [--stats]`
 
 use std::io::{Read, Write};
 use std::process::ExitCode;
@@ -40,7 +40,7 @@ fn spec(mut args: std::env::Args) -> Option<(Value, bool)> {
         (json!({ "kind": "kernel", "initrd": null, "cmdline": "", "modules": [] }), None, false);
     let mut spec = json!({
         "version": 1, "name": "run", "uuid": "00000000-0000-4000-8000-000000000000",
-        "cpus": { "sockets": 1, "cores": 1, "threads": 1 }, "memory": { "size": 512 << 20 },
+        "cpus": { "sockets": 1, "cores": 1, "threads": 1 }, "memory": { "size": 512 << 20, "hugePages": "auto" },
         "accel": "software", "engine": "interpreter",
         "devices": { "0:31:0": { "type": "lpc", "com1": { "kind": "console" }, "com2": none, "com3": none, "com4": none } },
         "debugExit": false, "rtc": "utc", "onReboot": "restart",
@@ -62,6 +62,12 @@ fn spec(mut args: std::env::Args) -> Option<(Value, bool)> {
             "--module" => {
                 boot["modules"].as_array_mut()?.push(json!({ "path": args.next()?, "cmdline": "" }))
             }
+            "--huge-pages" => {
+                spec["memory"]["hugePages"] = match args.next()?.as_str() {
+                    "off" => false.into(),
+                    kind => kind.into(),
+                }
+            }
             "--rom" => rom = Some(args.next()?),
             "-m" => spec["memory"]["size"] = (args.next()?.parse::<u64>().ok()? << 20).into(),
             "-c" => spec["cpus"]["cores"] = args.next()?.parse::<u32>().ok()?.into(),
@@ -76,7 +82,7 @@ fn main() -> ExitCode {
     let Some((spec, stats)) = spec(std::env::args()) else {
         eprintln!(
             "usage: run (--kernel FILE [--initrd FILE] [--cmdline TEXT] [--module FILE]... | --rom FILE)\n           \
-             [-m MIB] [-c CPUS] [--accel software|kvm] [--debug-exit] [--exit-on-reboot] [--stats]"
+             [-m MIB] [-c CPUS] [--accel software|kvm] [--huge-pages auto|off|thp|2M|1G] [--debug-exit] [--exit-on-reboot] [--stats]"
         );
         return ExitCode::from(4);
     };
