@@ -1,6 +1,7 @@
 // npm run test:kvm: the tests that need a real KVM, on this machine's own if its processor has VT-x or SVM, else in L1 (a host
 // that QEMU emulates, docs/testing.md). `npm run test:kvm -- cargo`, `-- boot` run a part, --file PATH
-// (repeatable) those boot tests alone; --l1 takes L1 in any case, a fresh one for each part; --timeout MINUTES is for each.
+// (repeatable) those boot tests alone; --l1 takes L1 in any case, a fresh one for each part; --timeout
+// MINUTES is for each, --tries N where L1 fails.
 // Ends with one line of totals on stdout; the exit status is non-zero if anything failed.
 import { createWriteStream, mkdirSync, readdirSync, rmSync } from 'node:fs'
 import { basename, dirname, join } from 'node:path'
@@ -31,7 +32,7 @@ const FEWER_IN_L1 = { SKEP_BOOTS: '5', SKEP_CYCLES: '40' }
 /** For each part, in minutes: the tests of the crates, or one file of boot tests. */
 const TIMEOUT = '20'
 /** How often a part is tried where L1 itself fails, which stands still at times (docs/testing.md). What fails in it is not. */
-const TRIES = 3
+const TRIES = '3'
 
 /** Builds the test programs; how each is run. */
 async function cargoCommands() {
@@ -156,6 +157,7 @@ await main(async () => {
     options: {
       l1: { type: 'boolean', default: false },
       timeout: { type: 'string', default: TIMEOUT },
+      tries: { type: 'string', default: TRIES },
       file: { type: 'string', multiple: true, default: [] },
     },
     allowPositionals: true,
@@ -164,6 +166,8 @@ await main(async () => {
   if (unknown.length > 0) throw new Failure(`unknown part ${unknown.join(', ')}; there are ${PARTS.join(', ')}`, 2)
   const timeout = Number(values.timeout) * 60_000
   if (!(timeout > 0)) throw new Failure(`--timeout ${values.timeout}: a number of minutes is wanted`, 2)
+  const tries = Number(values.tries)
+  if (!(Number.isInteger(tries) && tries > 0)) throw new Failure(`--tries ${values.tries}: a number is wanted`, 2)
   const wanted = (part) => chosen.length === 0 || chosen.includes(part)
 
   const { usable, reason } = hardwareKvm()
@@ -185,7 +189,7 @@ await main(async () => {
     return runInL1(['sh', '-c', text], { ...L1, timeout, writable: [state], onStdout, onStderr: onStdout })
   }
   const totals = new Totals()
-  for (const part of parts) totals.add(await tryPart(part, start, direct ? 1 : TRIES))
+  for (const part of parts) totals.add(await tryPart(part, start, direct ? 1 : tries))
   process.stderr.write(`\n${duration(Date.now() - started)} in all; full output of every step: ${logs}\n`)
   process.stdout.write(`${totals}\n`)
   return totals.failed > 0 ? 1 : 0
