@@ -36,7 +36,11 @@ const START = {
 
 const inspect = (pid) => ({ memory: memory(pid, memoryMiB << 20), kernel: kernelCounts(pid) })
 
+/** Tells whoever runs this from outside that a boot begins or has come to init: the line begins with ASCII's record separator. */
+const tell = (what, boot) => process.stderr.write(`\x1e${what} ${boot}\n`)
+
 const samples = []
+let boot = 0
 // Run 0 warms the page cache and is not kept.
 for (let run = 0; run <= runs; run++) {
   for (const [log, cmdline] of Object.entries(cmdlines)) {
@@ -44,8 +48,13 @@ for (let run = 0; run <= runs; run++) {
       for (const name of contenders) {
         const label = `${run === 0 ? 'warm-up' : `run ${run}/${runs}`}: ${name}, ${count} vCPU, ${log} log`
         try {
-          const result = await trial(...START[name](count, cmdline), { marker, timeout, inspect })
-          if (run > 0) samples.push({ name, cpus: count, log, run, ...result })
+          boot += 1
+          const result = await trial(...START[name](count, cmdline), {
+            ...{ marker, timeout, inspect },
+            onStart: () => tell('start', boot),
+            onMarker: () => tell('init', boot),
+          })
+          if (run > 0) samples.push({ name, cpus: count, log, run, boot, ...result })
           process.stderr.write(`${label}: ${(result.wallMs / 1000).toFixed(2)} s\n`)
         } catch (error) {
           process.stderr.write(`${label}: failed: ${error.message}\n`)

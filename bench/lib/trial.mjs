@@ -5,7 +5,7 @@ import { readFileSync } from 'node:fs'
 const TICKS_PER_SECOND = 100
 
 /** CPU time of a process in ms, user and system, all threads. */
-function cpuTime(pid) {
+export function cpuTime(pid) {
   const fields = readFileSync(`/proc/${pid}/stat`, 'utf8').split(') ').at(-1).split(' ')
   return ((Number(fields[11]) + Number(fields[12])) * 1000) / TICKS_PER_SECOND
 }
@@ -19,10 +19,12 @@ function cpuTime(pid) {
  * @param {number} options.timeout in ms
  * @param {(pid: number) => object} [options.inspect] looks at the process when the marker has shown, while it is stopped;
  *   what it returns becomes part of the result
+ * @param {() => void} [options.onStart] called when the program starts
+ * @param {() => void} [options.onMarker] called when the marker has shown
  * @returns {Promise<{ wallMs: number, cpuMs: number, report?: unknown }>} `report` is what a program prints as JSON on
  *   its third descriptor once it is told to end (SIGTERM)
  */
-export function trial(command, args, { marker, timeout, inspect }) {
+export function trial(command, args, { marker, timeout, inspect, onStart, onMarker }) {
   return new Promise((resolve, reject) => {
     const started = performance.now()
     const child = spawn(command, args, { stdio: ['ignore', 'pipe', 'pipe', 'pipe'] })
@@ -30,11 +32,13 @@ export function trial(command, args, { marker, timeout, inspect }) {
     let errors = ''
     let report = ''
     let result
+    onStart?.()
     const timer = setTimeout(() => child.kill('SIGKILL'), timeout)
     child.stdout.setEncoding('latin1').on('data', (chunk) => {
       text += chunk
       if (result || !text.includes(marker)) return
       result = { wallMs: performance.now() - started, cpuMs: cpuTime(child.pid) }
+      onMarker?.()
       if (inspect) {
         child.kill('SIGSTOP')
         Object.assign(result, inspect(child.pid))
