@@ -15,7 +15,7 @@ import { extractKernel } from './lib/vmlinux.mjs'
 const MARK = '<user mode>'
 /**
  * Every instruction of the kernel is interpreted by the host's kernel. So it starts unpacked, and does without what is not needed for a first
- * program: 0.33 billion instructions instead of 1.24 (`--accel software` counts them), and 0.8 more of decompression. XSAVE is not
+ * program: 0.33 billion instructions instead of 1.33 (`--accel software` counts them). XSAVE is not
  * offered to guests there, and seen all the same.
  */
 const CMDLINE = [
