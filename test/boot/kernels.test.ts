@@ -3,7 +3,7 @@
 import { setTimeout as sleep } from 'node:timers/promises'
 import { describe, expect, test } from 'vitest'
 import { Vm, type VmConfig, type VmExit } from '../../dist/index.js'
-import { accel, accelArgs } from '../helpers/accel.js'
+import { accel, accelArgs, inL1 } from '../helpers/accel.js'
 import { skep } from '../helpers/cli.js'
 import { testKernel } from '../helpers/guests.js'
 
@@ -112,7 +112,6 @@ const wrongInL1: Record<string, number[]> = {
   emulation: [48],
   lines: [39],
 }
-const inL1 = accel === 'kvm' && process.env['SKEP_L1'] !== undefined
 
 /** The checks that failed and should not have. */
 function failures(guest: string, output: string): string[] {
