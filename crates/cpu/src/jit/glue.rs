@@ -116,9 +116,7 @@ pub(super) type HandlerHelper = unsafe extern "sysv64" fn(*mut Cpu, u64, u32) ->
 
 /// Writes the routines.
 pub(super) fn emit(asm: &mut Asm, access: AccessHelper, handler: HandlerHelper, wide: bool) -> Glue {
-    let mut glue = Glue::default();
-
-    glue.load_vectors = asm.here();
+    let mut glue = Glue { load_vectors: asm.here(), ..Glue::default() };
     vectors(asm, wide, false);
     asm.mem(&[], false, &[0xc6], 0, VECTORS);
     asm.byte(1);

@@ -167,6 +167,10 @@ struct OpenLink {
     target: u64,
 }
 
+/// Operations that code points to.
+#[expect(clippy::vec_box, reason = "operations are pointed to and must not move")]
+type Ops = Vec<Box<Op>>;
+
 /// What is translated of one page.
 struct PageCode {
     version: u32,
@@ -193,8 +197,7 @@ pub(crate) struct Jit {
     /// Records given out.
     records: usize,
     links: Vec<OpenLink>,
-    #[expect(clippy::vec_box, reason = "operations are pointed to and must not move")]
-    ops: Vec<Box<Op>>,
+    ops: Ops,
     /// Jumps may lead to other blocks at once.
     chain: bool,
     /// Instructions in a block at most.
@@ -317,7 +320,8 @@ impl Jit {
 
     /// Drops the code of pages that have changed.
     fn drop_changed(&mut self, memory: &GuestMemory) {
-        let changed = |page: usize, code: &PageCode| memory.version(page).load(Ordering::SeqCst) != code.version;
+        let changed =
+            |page: usize, code: &PageCode| memory.version(page).load(Ordering::SeqCst) != code.version;
         let pages: Vec<usize> =
             self.pages.iter().filter(|&(&page, code)| changed(page, code)).map(|(&page, _)| page).collect();
         pages.into_iter().for_each(|page| self.drop_page(page));
@@ -505,7 +509,8 @@ impl Cpu {
                     return Ok(Some(code));
                 }
                 crate::decode::copy_code(&page, 0, &mut bytes[PAGE as usize..]);
-                let source = Source { page: &bytes, len: bytes.len(), key, most: 1, on, known: &known, cpuid };
+                let source =
+                    Source { page: &bytes, len: bytes.len(), key, most: 1, on, known: &known, cpuid };
                 insns = translate::decode(&source, at, &mut jit.table);
                 second = Some(page);
             }
@@ -567,7 +572,7 @@ impl Cpu {
     /// The operations for those instructions that have none but their handlers.
     fn operations(
         &mut self,
-        #[expect(clippy::vec_box, reason = "as in `Jit`")] ops: &mut Vec<Box<Op>>,
+        ops: &mut Ops,
         page: &[u8],
         insns: &[translate::Decoded],
     ) -> Vec<Option<*const Op>> {

@@ -293,7 +293,8 @@ fn live_before(insn: &Instruction, info: &Info, live: u16) -> u16 {
     if info.class == Class::Handler {
         return STATUS_FLAGS;
     }
-    let changed = if info.class == Class::Divide || !always_counts(insn, info) { 0 } else { info.flags_changed };
+    let changed =
+        if info.class == Class::Divide || !always_counts(insn, info) { 0 } else { info.flags_changed };
     live & !changed | info.flags_read
 }
 
@@ -637,7 +638,8 @@ impl Translator<'_> {
             self.want_flags(R9);
         }
         let high = has_high_byte(insn);
-        let moved = (0..insn.op_count()).any(|i| operand_number(insn, i).is_some_and(|n| is_homed(n) || n == RSP));
+        let moved =
+            (0..insn.op_count()).any(|i| operand_number(insn, i).is_some_and(|n| is_homed(n) || n == RSP));
         if memory.is_none() && !moved {
             self.asm.bytes(bytes);
         } else {
@@ -651,7 +653,14 @@ impl Translator<'_> {
 
     /// Writes an instruction with its operands where they are now: a register that stays in memory is read and written there,
     /// if the instruction can, else loaded before and stored after.
-    fn rewritten(&mut self, d: &Decoded, mut parts: Parts, memory: bool, high: bool, place: Place) -> Option<()> {
+    fn rewritten(
+        &mut self,
+        d: &Decoded,
+        mut parts: Parts,
+        memory: bool,
+        high: bool,
+        place: Place,
+    ) -> Option<()> {
         let (insn, info) = (&d.insn, &d.info);
         let mut exchanged = None;
         let mut mem = place.mem();
@@ -679,7 +688,10 @@ impl Translator<'_> {
         }
         let written_only = matches!(
             insn.mnemonic(),
-            iced_x86::Mnemonic::Mov | iced_x86::Mnemonic::Movzx | iced_x86::Mnemonic::Movsx | iced_x86::Mnemonic::Movsxd
+            iced_x86::Mnemonic::Mov
+                | iced_x86::Mnemonic::Movzx
+                | iced_x86::Mnemonic::Movsx
+                | iced_x86::Mnemonic::Movsxd
         ) && insn.op0_register().size() >= 4;
         // What is free, for the registers that must be loaded.
         let mut free = if memory { vec![R10, R9] } else { vec![R10, R9, R8] };
@@ -726,10 +738,8 @@ impl Translator<'_> {
         let n = operand_number(insn, i as u32);
         // Two operands of one register would see each other; with memory these are locked, or reach beyond it.
         let alone = (0..insn.op_count()).filter(|&k| operand_number(insn, k) == n).count() == 1;
-        let other = matches!(
-            insn.mnemonic(),
-            M::Xchg | M::Xadd | M::Cmpxchg | M::Bt | M::Bts | M::Btr | M::Btc
-        );
+        let other =
+            matches!(insn.mnemonic(), M::Xchg | M::Xadd | M::Cmpxchg | M::Bt | M::Bts | M::Btr | M::Btc);
         // Writing 32 bits clears the rest of a register; writing fewer makes the next load wait.
         // Vector instructions write less to memory than to a register; rotates and shifts leave other flags there.
         let whole = info.written >> i & 1 == 0 || size == 8 && !info.vector && !info.counted;
@@ -1193,15 +1203,15 @@ pub(super) fn needs_handler(insn: &Instruction, info: &Info, key: Key) -> bool {
                 && !has_small_address(insn));
     match info.class {
         Class::Plain => {
-            let unavailable = info.vector && !key.sse()
-                || info.avx && !key.avx()
-                || info.arithmetic && !key.masked();
+            let unavailable =
+                info.vector && !key.sse() || info.avx && !key.avx() || info.arithmetic && !key.masked();
             let bit_string = matches!(insn.mnemonic(), M::Bt | M::Bts | M::Btr | M::Btc)
                 && memory.is_some()
                 && insn.op_kind(1) == OpKind::Register;
             let implicit = insn.op_kinds().any(|k| k > OpKind::Immediate32to64 && k != OpKind::Memory);
             // High bytes allow no REX prefix, which the stand-in for RSP needs.
-            let clash = has_high_byte(insn) && (0..insn.op_count()).any(|i| operand_number(insn, i) == Some(RSP));
+            let clash =
+                has_high_byte(insn) && (0..insn.op_count()).any(|i| operand_number(insn, i) == Some(RSP));
             // F3 makes one form of XCHG another instruction.
             let repeated = insn.mnemonic() == M::Xchg && insn.has_rep_prefix();
             // With other registers in the operand it might have more than 15 bytes.

@@ -50,9 +50,11 @@ pub(crate) struct FrameLayout;
 
 impl FrameLayout {
     /// 64 bytes for each register.
-    pub(crate) const VECTOR: i32 = (std::mem::offset_of!(Fpu, frame) + std::mem::offset_of!(Frame, vector)) as i32;
+    pub(crate) const VECTOR: i32 =
+        (std::mem::offset_of!(Fpu, frame) + std::mem::offset_of!(Frame, vector)) as i32;
     /// MXCSR.
-    pub(crate) const MXCSR: i32 = (std::mem::offset_of!(Fpu, frame) + std::mem::offset_of!(Frame, mxcsr)) as i32;
+    pub(crate) const MXCSR: i32 =
+        (std::mem::offset_of!(Fpu, frame) + std::mem::offset_of!(Frame, mxcsr)) as i32;
     /// What MXCSR is outside of guest code.
     pub(crate) const HOST_MXCSR: i32 =
         (std::mem::offset_of!(Fpu, frame) + std::mem::offset_of!(Frame, host_mxcsr)) as i32;
