@@ -167,8 +167,7 @@ struct OpenLink {
     target: u64,
 }
 
-/// Operations that code points to.
-#[expect(clippy::vec_box, reason = "operations are pointed to and must not move")]
+/// Operations that code points to: they must not move.
 type Ops = Vec<Box<Op>>;
 
 /// What is translated of one page.
