@@ -91,7 +91,8 @@ impl Cpu {
         let [first, second] = pieces;
         // Somebody else's watch on the page holds only once all have forgotten their writes to it.
         self.shared.watching.fetch_add(1, Ordering::SeqCst);
-        let fresh = self.watch(first.0.index, first.1, first.2) | self.watch(second.0.index, second.1, second.2);
+        let fresh =
+            self.watch(first.0.index, first.1, first.2) | self.watch(second.0.index, second.1, second.2);
         if fresh || self.shared.watching.load(Ordering::SeqCst) != 1 {
             self.everyone_forgets_writes([first.0.frame(), second.0.frame()]);
         }
@@ -177,6 +178,11 @@ impl Cpu {
     /// with the page.
     pub(crate) fn operation(&mut self, insn: &Instruction, bytes: &[u8], at: usize) -> Op {
         self.lower(insn, bytes, CodeSize::Bits64, at).op
+    }
+
+    /// Who executes a 64-bit instruction.
+    pub(crate) fn room(&mut self, insn: &Instruction, bytes: &[u8]) -> Room {
+        self.lower(insn, bytes, CodeSize::Bits64, 0).by
     }
 
     /// The bytes from `linear` to the end of its page, 15 at most, and how many there are.

@@ -18,15 +18,8 @@ pub(super) struct Parts<'a> {
 
 /// Takes an instruction of 64-bit code apart. `None`: not as expected.
 pub(super) fn split<'a>(bytes: &'a [u8], info: &Info) -> Option<Parts<'a>> {
-    let mut parts = Parts {
-        prefixes: [0; 14],
-        prefix_count: 0,
-        rex: 0,
-        vex: &[],
-        opcode: &[],
-        modrm: None,
-        tail: &[],
-    };
+    let mut parts =
+        Parts { prefixes: [0; 14], prefix_count: 0, rex: 0, vex: &[], opcode: &[], modrm: None, tail: &[] };
     let mut at = 0;
     loop {
         let byte = *bytes.get(at)?;

@@ -38,8 +38,8 @@ pub(super) struct Decoded {
     pub(super) at: u16,
     pub(super) info: Info,
     /// Status flags that may be read before they are written again: in front of it, and behind.
-    live_in: u16,
-    live_out: u16,
+    pub(super) live_in: u16,
+    pub(super) live_out: u16,
 }
 
 impl Decoded {
@@ -48,7 +48,7 @@ impl Decoded {
     }
 
     /// Control goes elsewhere, always or at times.
-    fn transfers(&self) -> bool {
+    pub(super) fn transfers(&self) -> bool {
         self.insn.flow_control() != iced_x86::FlowControl::Next
     }
 
@@ -152,6 +152,8 @@ pub(super) struct Request<'a> {
     pub(super) cpuid: &'a CpuidTable,
     /// Whether jumps may lead to other blocks at once.
     pub(super) chain: bool,
+    /// Whether to look behind jumps for the flags that are needed there.
+    pub(super) foresees: bool,
 }
 
 /// What the translator made.
@@ -268,7 +270,8 @@ fn live_before(insn: &Instruction, info: &Info, live: u16) -> u16 {
     if info.class == Class::Handler {
         return STATUS_FLAGS;
     }
-    let changed = if info.class == Class::Divide || !always_counts(insn, info) { 0 } else { info.flags_changed };
+    let changed =
+        if info.class == Class::Divide || !always_counts(insn, info) { 0 } else { info.flags_changed };
     live & !changed | info.flags_read
 }
 
@@ -292,7 +295,7 @@ fn always_counts(insn: &Instruction, info: &Info) -> bool {
 
 /// Flags that may be read at an offset of the page before they are written.
 fn foresee(request: &Request<'_>, table: &mut Table, at: i64) -> u16 {
-    if !(0..PAGE as i64).contains(&at) || !request.chain {
+    if !(0..PAGE as i64).contains(&at) || !request.foresees {
         return STATUS_FLAGS;
     }
     if let Some(entry) = (request.known)(at as u16) {
@@ -590,7 +593,8 @@ impl Translator<'_> {
             self.asm.load(scratch, home(n));
         }
         let placed_at = |n: u8| placed.iter().flatten().find(|p| p.0 == n).map(|p| p.1);
-        let moved = (0..insn.op_count()).any(|i| operand_number(insn, i).is_some_and(|n| is_homed(n) || n == RSP));
+        let moved =
+            (0..insn.op_count()).any(|i| operand_number(insn, i).is_some_and(|n| is_homed(n) || n == RSP));
         if memory.is_none() && !moved {
             self.asm.bytes(bytes);
             if info.flags_changed != 0 {
@@ -600,7 +604,10 @@ impl Translator<'_> {
         }
         parts.emit(&mut self.asm, info, high, |i| {
             let field = info.fields[i];
-            if field == Field::None || i as u32 >= insn.op_count() || insn.op_kind(i as u32) != OpKind::Register {
+            if field == Field::None
+                || i as u32 >= insn.op_count()
+                || insn.op_kind(i as u32) != OpKind::Register
+            {
                 return None;
             }
             let register = insn.op_register(i as u32);
@@ -1010,15 +1017,15 @@ pub(super) fn needs_handler(insn: &Instruction, info: &Info, key: Key) -> bool {
                 && !has_small_address(insn));
     match info.class {
         Class::Plain => {
-            let unavailable = info.vector && !key.sse()
-                || info.avx && !key.avx()
-                || info.arithmetic && !key.masked();
+            let unavailable =
+                info.vector && !key.sse() || info.avx && !key.avx() || info.arithmetic && !key.masked();
             let bit_string = matches!(insn.mnemonic(), M::Bt | M::Bts | M::Btr | M::Btc)
                 && memory.is_some()
                 && insn.op_kind(1) == OpKind::Register;
             let implicit = insn.op_kinds().any(|k| k > OpKind::Immediate32to64 && k != OpKind::Memory);
             // High bytes allow no REX prefix, which the stand-in for RSP needs.
-            let clash = has_high_byte(insn) && (0..insn.op_count()).any(|i| operand_number(insn, i) == Some(RSP));
+            let clash =
+                has_high_byte(insn) && (0..insn.op_count()).any(|i| operand_number(insn, i) == Some(RSP));
             // F3 makes one form of XCHG another instruction.
             let repeated = insn.mnemonic() == M::Xchg && insn.has_rep_prefix();
             let strange = bit_string || implicit || odd || clash || repeated;
