@@ -145,6 +145,9 @@ describe('the guest finds', () => {
     ['lines', 1],
     ['lines', 2],
     ['self-modifying', 1],
+    ['code-changes', 2],
+    ['page-tables', 2],
+    ['precise-faults', 2],
     ['processors', 2],
     ['processors', 4],
   ] as const)('%s right with %i vCPU', { retry: inL1 ? 2 : 0 }, async ([name, cpus], { skip }) => {

@@ -37,17 +37,6 @@
         mov     %rax, \address + 8
         .endm
 
-# Says that checks \from to \to are left out.
-        .macro  skip_checks from, to
-        mov     $\from, %ebx
-.Lskip\@:
-        push    %rbx
-        call    skip
-        inc     %ebx
-        cmp     $\to, %ebx
-        jbe     .Lskip\@
-        .endm
-
         .set    A, 0x1716151413121110
         .set    B, 0x1f1e1d1c1b1a1918
         .set    C, 0x0123456789abcdef

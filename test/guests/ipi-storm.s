@@ -267,25 +267,6 @@ send:   mov     %gs:0, %eax
         wrmsr
         ret
 
-# Waits for all, with interrupts as they are.
-barrier:
-        push    %rax
-        push    %rbx
-        mov     generation(%rip), %ebx
-        mov     $1, %eax
-        lock    xadd %eax, arrived(%rip)
-        inc     %eax
-        cmp     cpus(%rip), %eax
-        jne     1f
-        movl    $0, arrived(%rip)
-        incl    generation(%rip)
-1:      pause
-        cmp     generation(%rip), %ebx
-        je      1b
-        pop     %rbx
-        pop     %rax
-        ret
-
 # One handler for each sender: counts what it has sent to this processor.
         .balign 32
 on_ipi:
@@ -336,7 +317,3 @@ logical_ids:
 table:  .skip   2 * 4 * MOST * MOST
 x2apic: .skip   4
 lost:   .skip   4
-arrived:
-        .skip   4
-generation:
-        .skip   4

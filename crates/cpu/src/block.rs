@@ -170,6 +170,12 @@ impl Blocks {
         unsafe { self.running.as_ref() }.is_some_and(|b| b.pages.iter().any(|p| p.0 == page))
     }
 
+    /// Whether code of the running block has been overwritten since it was decoded, by whomever.
+    pub(crate) fn running_stale(&self) -> bool {
+        // SAFETY: as above.
+        unsafe { self.running.as_ref() }.is_some_and(|b| !b.valid())
+    }
+
     /// Whether the running block is a single instruction.
     pub(crate) fn running_alone(&self) -> bool {
         // SAFETY: as above.

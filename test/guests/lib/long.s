@@ -96,7 +96,7 @@ gdt_template:
         .quad   0x00cf13000000ffff      # data, not present
 
         .section .bss
-        .global pml4, pdpt, gdt, command_line, protocol
+        .global pml4, pdpt, pd, gdt, command_line, protocol
         .balign 4096
 pml4:   .skip   0x1000
 pdpt:   .skip   0x1000

@@ -5,7 +5,7 @@
 
         .code64
         .section .text
-        .global read_count, start_others, wait_for_others, ipi_sent, pause_a_while, cpus
+        .global read_count, start_others, wait_for_others, ipi_sent, pause_a_while, barrier, cpus
 
 # Looks for cpus=N: EDI.
 read_count:
@@ -76,6 +76,25 @@ pause_a_while:
         loop    1b
         ret
 
+# Waits for all cpus, with interrupts as they are. Keeps all registers.
+barrier:
+        push    %rax
+        push    %rbx
+        mov     generation(%rip), %ebx
+        mov     $1, %eax
+        lock    xadd %eax, arrived(%rip)
+        inc     %eax
+        cmp     cpus(%rip), %eax
+        jne     1f
+        movl    $0, arrived(%rip)
+        incl    generation(%rip)
+1:      pause
+        cmp     generation(%rip), %ebx
+        je      1b
+        pop     %rbx
+        pop     %rax
+        ret
+
 # Where the others come to 64-bit mode.
 another:
         mov     $1, %eax
@@ -122,6 +141,10 @@ task:   .skip   4
 started:
         .skip   4
 stacks: .skip   4
+arrived:
+        .skip   4
+generation:
+        .skip   4
         .balign 4096
 other_stacks:
         .skip   64 * 0x1000

@@ -3,7 +3,7 @@
 
         .code64
         .section .text
-        .global traps_init, traps_load, set_gate, set_user_gate, compare_trap
+        .global traps_init, traps_load, trapped, set_gate, set_user_gate, compare_trap
 
 # Fills in the tables and loads them.
 traps_init:
@@ -78,9 +78,29 @@ stubs:
         .endr
         .balign STUB_SIZE
 
-# On the stack: vector, error code, RIP, CS, RFLAGS, RSP, SS.
+# On the stack: vector, error code, RIP, CS, RFLAGS, RSP, SS. All registers are kept for a look at them, by their numbers.
 trapped:
         push    %rax
+        mov     %rcx, trap_registers + 8(%rip)
+        mov     %rdx, trap_registers + 16(%rip)
+        mov     %rbx, trap_registers + 24(%rip)
+        mov     %rbp, trap_registers + 40(%rip)
+        mov     %rsi, trap_registers + 48(%rip)
+        mov     %rdi, trap_registers + 56(%rip)
+        mov     %r8, trap_registers + 64(%rip)
+        mov     %r9, trap_registers + 72(%rip)
+        mov     %r10, trap_registers + 80(%rip)
+        mov     %r11, trap_registers + 88(%rip)
+        mov     %r12, trap_registers + 96(%rip)
+        mov     %r13, trap_registers + 104(%rip)
+        mov     %r14, trap_registers + 112(%rip)
+        mov     %r15, trap_registers + 120(%rip)
+        mov     (%rsp), %rax
+        mov     %rax, trap_registers(%rip)
+        mov     48(%rsp), %rax
+        mov     %rax, trap_registers + 32(%rip)
+        mov     40(%rsp), %rax
+        mov     %rax, trap_flags(%rip)
         mov     8(%rsp), %rax
         mov     %eax, trap_vector(%rip)
         mov     16(%rsp), %rax
@@ -135,13 +155,17 @@ idt_pointer:
         .quad   idt
 
         .section .bss
-        .global trap_vector, trap_error, trap_rip, trap_cs, trap_cr2, resume_rip, resume_rsp
+        .global trap_vector, trap_error, trap_rip, trap_cs, trap_cr2, resume_rip, resume_rsp, trap_registers, trap_flags, idt, tss
         .balign 4096
 idt:    .skip   0x1000
 tss:    .skip   0x68
         .balign 16
         .skip   0x1000
 kernel_stack_end:
+trap_registers:
+        .skip   16 * 8
+trap_flags:
+        .skip   8
 trap_error:
         .skip   8
 trap_rip:

@@ -168,6 +168,16 @@ impl Asm {
         }
     }
 
+    /// Adds a constant to R8. R9 may be lost; flags stay.
+    pub(super) fn add_to_r8(&mut self, value: i64) {
+        if let Ok(disp) = i32::try_from(value) {
+            self.lea(R8, Mem::At(R8, disp));
+        } else {
+            self.mov_imm(R9, value as u64);
+            self.lea(R8, Mem::Sum(Some(R8), Some((R9, 0)), 0));
+        }
+    }
+
     /// AND, sign-extended immediate.
     pub(super) fn and_imm(&mut self, wide: bool, reg: u8, value: i32) {
         let rex = 0x40 | u8::from(wide) << 3 | reg >> 3;
@@ -258,6 +268,12 @@ impl Asm {
     pub(super) fn land(&mut self, forward: Forward) {
         let here = self.code.len();
         self.land_at(forward, here);
+    }
+
+    /// Lands a forward jump at an address.
+    pub(super) fn land_abroad(&mut self, forward: Forward, at: u64) {
+        let distance = at.wrapping_sub(self.origin + forward.0 as u64) as u32;
+        self.code[forward.0 - 4..forward.0].copy_from_slice(&distance.to_le_bytes());
     }
 
     /// Lands a forward jump at an offset in this code.

@@ -113,6 +113,8 @@ pub(crate) struct Hot {
     limit: u64,
     entry_stack: u64,
     temp: u64,
+    /// What an access to the stack wants, while it is looked at.
+    wanted: u64,
     origin: u32,
     /// The link by which translated code was left.
     link: u32,
@@ -137,6 +139,7 @@ impl Hot {
             limit: 0,
             entry_stack: 0,
             temp: 0,
+            wanted: 0,
             origin: 0,
             link: NO_LINK,
             vectors: 0,
@@ -213,7 +216,7 @@ impl Jit {
         let mut asm = asm::Asm::new(memory.next());
         let wide = std::arch::is_x86_feature_detected!("avx");
         let glue = glue::emit(&mut asm, help::access, help::handler, wide);
-        if !memory.add(&asm.code) {
+        if !memory.add(&asm.code, &[]) {
             return Err(io::ErrorKind::OutOfMemory.into());
         }
         let floor = memory.used();
@@ -298,7 +301,7 @@ impl Jit {
         asm.lea(asm::R8, asm::Mem::At(asm::R8, i32::from(at)));
         asm.jmp(self.glue.dispatch);
         // There is room: more than this was reserved.
-        let added = self.memory.add(&asm.code);
+        let added = self.memory.add(&asm.code, &[]);
         debug_assert!(added);
         Entry { from_memory, from_host, live: table::STATUS_FLAGS }
     }
@@ -490,16 +493,17 @@ impl Cpu {
                 foresees: jit.chain || jit.repeatable,
             };
             let origin = jit.memory.next();
-            let made = translate::translate(origin, request, &mut insns, &ops, &mut jit.table);
+            let aside = |len| jit.memory.next_aside(len);
+            let made = translate::translate(origin, aside, request, &mut insns, &ops, &mut jit.table);
             #[cfg_attr(not(test), expect(unused_mut, reason = "tests spoil it"))]
-            let Some(Made { mut code, entry, links }) = made else { return Ok(None) };
+            let Some(Made { mut code, aside, entry, links }) = made else { return Ok(None) };
             #[cfg(test)]
             if let Some(spoil) = jit.spoil {
                 spoil(&mut code);
             }
             self.describe_block(entry.from_memory, &insns, &bytes);
             dump::block(linear, origin, &insns, &code);
-            if !jit.memory.add(&code) {
+            if !jit.memory.add(&code, &aside) {
                 return Ok(None);
             }
             for link in links {
@@ -519,7 +523,7 @@ impl Cpu {
             let made = &mut self.stats.translations;
             made.blocks += 1;
             made.instructions += insns.len() as u64;
-            made.bytes += code.len() as u64;
+            made.bytes += (code.len() + aside.len()) as u64;
             return Ok(Some(entry.from_memory));
         }
     }

@@ -51,6 +51,8 @@ pub(super) enum Field {
 pub(super) struct Info {
     pub(super) class: Class,
     pub(super) fields: [Field; 4],
+    /// The operand in ModRM's second field may be in memory too.
+    pub(super) rm_or_mem: bool,
     /// Operands that are written, by bit.
     pub(super) written: u8,
     /// VEX-encoded; else legacy.
@@ -89,8 +91,7 @@ impl Table {
         let Self { known, factory } = self;
         // With an operand in memory it may be quite another thing.
         let memory = insn.op_kinds().any(|kind| kind == OpKind::Memory);
-        known[2 * insn.code() as usize + usize::from(memory)]
-            .get_or_insert_with(|| Box::new(look(insn, cpuid, factory)))
+        known[2 * insn.code() as usize + usize::from(memory)].get_or_insert_with(|| Box::new(look(insn, cpuid, factory)))
     }
 }
 
@@ -100,6 +101,10 @@ fn look(insn: &Instruction, cpuid: &CpuidTable, factory: &mut InstructionInfoFac
     let mut info = Info {
         class: Class::Handler,
         fields: std::array::from_fn(|i| kinds.op_kinds().get(i).map_or(Field::None, |&k| field(k))),
+        rm_or_mem: kinds.op_kinds().iter().any(|&k| {
+            use OpCodeOperandKind as K;
+            matches!(k, K::r8_or_mem | K::r16_or_mem | K::r32_or_mem | K::r64_or_mem)
+        }),
         written: 0,
         vex: encoding == EncodingKind::VEX,
         modrm: has_modrm(insn),
@@ -172,7 +177,10 @@ fn class(insn: &Instruction) -> Class {
         M::Pop if matches!(insn.code(), Code::Pop_r64 | Code::Pop_rm64) => Class::Pop,
         M::Leave if insn.code() == Code::Leaveq => Class::Leave,
         M::Div | M::Idiv
-            if matches!(insn.code(), Code::Div_rm32 | Code::Div_rm64 | Code::Idiv_rm32 | Code::Idiv_rm64) =>
+            if matches!(
+                insn.code(),
+                Code::Div_rm32 | Code::Div_rm64 | Code::Idiv_rm32 | Code::Idiv_rm64
+            ) =>
         {
             Class::Divide
         }
@@ -277,9 +285,7 @@ fn is_general(insn: &Instruction) -> bool {
 fn is_conditional(insn: &Instruction) -> bool {
     insn.condition_code() != iced_x86::ConditionCode::None
         && insn.flow_control() == iced_x86::FlowControl::Next
-        && !insn
-            .op_kinds()
-            .any(|k| matches!(k, OpKind::NearBranch16 | OpKind::NearBranch32 | OpKind::NearBranch64))
+        && !insn.op_kinds().any(|k| matches!(k, OpKind::NearBranch16 | OpKind::NearBranch32 | OpKind::NearBranch64))
         && insn.code().encoding() == EncodingKind::Legacy
         && (0..insn.op_count()).all(|i| insn.op_kind(i) != OpKind::Register || insn.op_register(i).is_gpr())
 }
@@ -298,13 +304,9 @@ fn counted(insn: &Instruction) -> Option<u16> {
 fn field(kind: OpCodeOperandKind) -> Field {
     use OpCodeOperandKind as K;
     match kind {
-        K::r8_reg
-        | K::r16_reg
-        | K::r32_reg
-        | K::r64_reg
-        | K::r16_reg_mem
-        | K::r32_reg_mem
-        | K::r64_reg_mem => Field::Reg,
+        K::r8_reg | K::r16_reg | K::r32_reg | K::r64_reg | K::r16_reg_mem | K::r32_reg_mem | K::r64_reg_mem => {
+            Field::Reg
+        }
         K::r8_or_mem | K::r16_or_mem | K::r32_or_mem | K::r64_or_mem | K::r16_rm | K::r32_rm | K::r64_rm => {
             Field::Rm
         }

@@ -10,9 +10,10 @@ use skep_hv::cpuid::CpuidTable;
 use super::asm::{
     ABOVE, Asm, BELOW, EQUAL, Forward, Mem, NOT_EQUAL, R8, R9, R10, R11, RAX, RBP, RCX, RDX, RSP,
 };
-use super::encode;
+use super::encode::{self, Parts};
 use super::glue::{
-    ATTENTION, BASE, BOTTOM, CURRENT_TLB, Glue, LIMIT, ORIGIN, RIP, STATUS, TEMP, VECTORS, home, segment_base,
+    ATTENTION, BASE, BOTTOM, CURRENT_TLB, Glue, LIMIT, ORIGIN, RIP, STACK_DELTA, STACK_PAGE, STATUS, TEMP,
+    VECTORS, home, segment_base,
 };
 use super::help::Wanted;
 use super::table::{Class, Field, Info, STATUS_FLAGS, Table};
@@ -159,6 +160,8 @@ pub(super) struct Request<'a> {
 /// What the translator made.
 pub(super) struct Made {
     pub(super) code: Vec<u8>,
+    /// What stands out of the way.
+    pub(super) aside: Vec<u8>,
     pub(super) entry: Entry,
     pub(super) links: Vec<Link>,
 }
@@ -166,7 +169,7 @@ pub(super) struct Made {
 /// What stands behind the block, out of the way.
 enum Stub {
     /// Help with an access.
-    Access { from: Forward, wanted: Wanted, resume: usize, done: Option<usize> },
+    Access { from: Forward, place: Place, wanted: Wanted, resume: usize, done: Option<usize> },
     /// Run the handler instead.
     Handler { from: Vec<Forward>, op: u64, resume: usize },
     /// Leave, to be taken to the target of a link.
@@ -201,6 +204,7 @@ struct Translator<'a> {
 /// Translates. `ops` holds the operations for those instructions that have handlers.
 pub(super) fn translate(
     origin: u64,
+    aside: impl FnOnce(usize) -> u64,
     request: Request<'_>,
     insns: &mut [Decoded],
     ops: &[Option<*const Op>],
@@ -222,7 +226,12 @@ pub(super) fn translate(
         open: Vec::new(),
         request,
     };
-    if live != 0 {
+    if live != 0 && loses_flags_first(insns) {
+        // Who comes with them in memory need not load them only to see them saved again.
+        t.asm.save_flags(STATUS, R9);
+        t.entry.from_memory = t.asm.here();
+        (t.in_host, t.in_memory) = (false, true);
+    } else if live != 0 {
         t.asm.load_flags(STATUS, R9);
         t.entry.from_host = t.asm.here();
     }
@@ -244,8 +253,8 @@ pub(super) fn translate(
         t.asm.load(R8, RIP);
         t.asm.jmp(t.request.glue.dispatch);
     }
-    t.finish_stubs();
-    Some(Made { code: t.asm.code, entry: t.entry, links: t.links })
+    let aside = t.finish_stubs(aside);
+    Some(Made { code: t.asm.code, aside, entry: t.entry, links: t.links })
 }
 
 /// Works out backwards which flags matter where.
@@ -265,13 +274,26 @@ fn liveness(insns: &mut [Decoded], request: &Request<'_>, table: &mut Table) {
     }
 }
 
+/// Whether flags must be put away before anything reads or partly changes them.
+fn loses_flags_first(insns: &[Decoded]) -> bool {
+    for d in insns {
+        match d.info.class {
+            Class::Plain if memory_operand(&d.insn).is_some() || d.info.vector => return true,
+            Class::Plain if d.info.flags_read | d.info.flags_changed != 0 => return false,
+            Class::Plain | Class::Lea | Class::Nothing => {}
+            Class::Branch => return false,
+            _ => return true,
+        }
+    }
+    true
+}
+
 /// Flags that matter in front of an instruction, given those behind it.
 fn live_before(insn: &Instruction, info: &Info, live: u16) -> u16 {
     if info.class == Class::Handler {
         return STATUS_FLAGS;
     }
-    let changed =
-        if info.class == Class::Divide || !always_counts(insn, info) { 0 } else { info.flags_changed };
+    let changed = if info.class == Class::Divide || !always_counts(insn, info) { 0 } else { info.flags_changed };
     live & !changed | info.flags_read
 }
 
@@ -456,7 +478,7 @@ impl Translator<'_> {
             Register::RIP => {
                 let at = insn.ip_rel_memory_address() as i64;
                 self.asm.load(R8, BASE);
-                self.add_to_r8(at);
+                self.asm.add_to_r8(at);
             }
             Register::EIP => return None,
             _ => self.sum(R8, insn, true)?,
@@ -469,15 +491,6 @@ impl Translator<'_> {
         self.asm.load(R9, segment_base(segment));
         self.asm.lea(R8, Mem::Sum(Some(R8), Some((R9, 0)), 0));
         Some(())
-    }
-
-    fn add_to_r8(&mut self, value: i64) {
-        if let Ok(disp) = i32::try_from(value) {
-            self.asm.lea(R8, Mem::At(R8, disp));
-        } else {
-            self.asm.mov_imm(R9, value as u64);
-            self.asm.lea(R8, Mem::Sum(Some(R8), Some((R9, 0)), 0));
-        }
     }
 
     /// LEA of the memory operand's offset, cut to the address size, and to 32 bits unless `wide`.
@@ -510,32 +523,70 @@ impl Translator<'_> {
         Some(Mem::Sum(base, index, disp))
     }
 
-    /// Turns the linear address in R8 into the host's. R9 and R10 are lost.
-    fn check(&mut self, wanted: Wanted) {
+    /// Where the memory operand lies: in the sum of a register and a displacement, if that is all, else in R8.
+    fn place(&mut self, insn: &Instruction) -> Option<Place> {
+        let plain = insn.memory_index() == Register::None
+            && insn.memory_base().size() == 8
+            && insn.memory_base() != Register::RIP
+            && !matches!(insn.memory_segment(), Register::FS | Register::GS);
+        if plain
+            && let Some(n) = number(insn.memory_base()).filter(|&n| !is_homed(n))
+            && let Ok(disp) = i32::try_from(insn.memory_displacement64() as i64)
+            && disp < i32::MAX - 64
+        {
+            return Some(Place::Based(host(n), disp));
+        }
+        self.address(insn)?;
+        Some(Place::Linear)
+    }
+
+    /// Finds the host's page for an access. R8, R9 and R10 are lost; see [`Place`] for how the operand is addressed then.
+    fn check(&mut self, place: Place, wanted: Wanted) {
         let a = &mut self.asm;
-        let size = wanted.size();
-        a.regs(false, &[0x89], R8, R10);
+        let size = wanted.size() as i32;
+        let (base, disp) = match place {
+            Place::Linear => (R8, 0),
+            Place::Based(base, disp) => (base, disp),
+        };
+        let stack = base == R11 && wanted.size().is_power_of_two();
+        let sum = |a: &mut Asm, wide: bool, to: u8, more: i32| {
+            if disp + more == 0 {
+                a.regs(wide, &[0x89], base, to);
+            } else {
+                a.mem(&[], wide, &[0x8d], to, Mem::At(base, disp + more));
+            }
+        };
+        if stack {
+            // It is nearly always in the page it was in before, and aligned.
+            sum(a, true, R9, 0);
+            a.and_imm(true, R9, -4096 | (size - 1));
+            a.mem(&[], true, &[0x3b], R9, STACK_PAGE);
+            let from = a.jcc_forward(NOT_EQUAL);
+            a.load(R8, STACK_DELTA);
+            let resume = a.code.len();
+            self.open.push(self.stubs.len());
+            self.stubs.push(Stub::Access { from, place, wanted, resume, done: None });
+            return;
+        }
+        sum(a, false, R10, 0);
         a.shr32(R10, 12 - TlbLayout::SHIFT);
         a.and_imm(false, R10, TlbLayout::MASK);
         a.mem(&[], true, &[0x03], R10, CURRENT_TLB);
         if wanted.is_aligned() {
-            a.mov(R9, R8);
-            a.and_imm(true, R9, -4096 | (size as i32 - 1));
+            sum(a, true, R9, 0);
+            a.and_imm(true, R9, -4096 | (size - 1));
         } else {
-            if size > 1 {
-                a.lea(R9, Mem::At(R8, size as i32 - 1));
-            } else {
-                a.mov(R9, R8);
-            }
+            sum(a, true, R9, size - 1);
             a.and_imm(true, R9, -4096);
         }
         let tag = if wanted.is_write() { TlbLayout::WRITE } else { TlbLayout::READ };
         a.mem(&[], true, &[0x39], R9, Mem::At(R10, tag));
         let from = a.jcc_forward(NOT_EQUAL);
-        a.mem(&[], true, &[0x03], R8, Mem::At(R10, TlbLayout::DELTA));
+        let opcode = if matches!(place, Place::Linear) { 0x03 } else { 0x8b };
+        a.mem(&[], true, &[opcode], R8, Mem::At(R10, TlbLayout::DELTA));
         let resume = a.code.len();
         self.open.push(self.stubs.len());
-        self.stubs.push(Stub::Access { from, wanted, resume, done: None });
+        self.stubs.push(Stub::Access { from, place, wanted, resume, done: None });
     }
 
     fn wanted(&self, d: &Decoded, size: usize, write: bool) -> Wanted {
@@ -566,13 +617,19 @@ impl Translator<'_> {
         if info.vector {
             self.want_vectors(d.live_in);
         }
+        let mut place = Place::Linear;
         if let Some(operand) = memory {
             let write = info.written >> operand & 1 != 0;
             let aligned = info.aligned || insn.mnemonic() == iced_x86::Mnemonic::Cmpxchg16b;
             self.lose_flags(d.live_in, R9);
-            self.address(insn)?;
+            place = if has_high_byte(insn) {
+                self.address(insn)?;
+                Place::Linear
+            } else {
+                self.place(insn)?
+            };
             let wanted = self.wanted(d, size, write).aligned(aligned && size.is_power_of_two());
-            self.check(wanted);
+            self.check(place, wanted);
         }
         // The flags that it reads, and those that it leaves alone.
         let changed = if always_counts(insn, info) { info.flags_changed } else { 0 };
@@ -580,58 +637,104 @@ impl Translator<'_> {
             self.want_flags(R9);
         }
         let high = has_high_byte(insn);
-        // Registers that stay in memory get what is free.
-        let mut free = if memory.is_some() { vec![R10, R9] } else { vec![R10, R9, R8] };
-        let mut placed: [Option<(u8, u8)>; 4] = [None; 4];
-        for i in 0..insn.op_count().min(4) {
-            let Some(n) = operand_number(insn, i) else { continue };
-            if !is_homed(n) || placed.iter().flatten().any(|p| p.0 == n) {
-                continue;
-            }
-            let scratch = free.pop()?;
-            placed[i as usize] = Some((n, scratch));
-            self.asm.load(scratch, home(n));
-        }
-        let placed_at = |n: u8| placed.iter().flatten().find(|p| p.0 == n).map(|p| p.1);
-        let moved =
-            (0..insn.op_count()).any(|i| operand_number(insn, i).is_some_and(|n| is_homed(n) || n == RSP));
+        let moved = (0..insn.op_count()).any(|i| operand_number(insn, i).is_some_and(|n| is_homed(n) || n == RSP));
         if memory.is_none() && !moved {
             self.asm.bytes(bytes);
-            if info.flags_changed != 0 {
-                (self.in_host, self.in_memory) = (true, false);
-            }
-            return Some(());
-        }
-        parts.emit(&mut self.asm, info, high, |i| {
-            let field = info.fields[i];
-            if field == Field::None
-                || i as u32 >= insn.op_count()
-                || insn.op_kind(i as u32) != OpKind::Register
-            {
-                return None;
-            }
-            let register = insn.op_register(i as u32);
-            let n = number(register)?;
-            if is_homed(n) {
-                placed_at(n)
-            } else if n == RSP {
-                Some(R11)
-            } else {
-                None
-            }
-        });
-        for i in 0..insn.op_count().min(4) {
-            if info.written >> i & 1 != 0
-                && let Some(n) = operand_number(insn, i)
-                && let Some(scratch) = placed_at(n)
-            {
-                self.asm.store(home(n), scratch);
-            }
+        } else {
+            self.rewritten(d, parts, memory.is_some(), high, place)?;
         }
         if info.flags_changed != 0 {
             (self.in_host, self.in_memory) = (true, false);
         }
         Some(())
+    }
+
+    /// Writes an instruction with its operands where they are now: a register that stays in memory is read and written there,
+    /// if the instruction can, else loaded before and stored after.
+    fn rewritten(&mut self, d: &Decoded, mut parts: Parts, memory: bool, high: bool, place: Place) -> Option<()> {
+        let (insn, info) = (&d.insn, &d.info);
+        let mut exchanged = None;
+        let mut mem = place.mem();
+        let homed = |i: usize| operand_number(insn, i as u32).filter(|&n| is_homed(n));
+        let mut at_home = None;
+        if !memory {
+            let first = info.fields.iter().position(|&f| f == Field::Rm);
+            let second = info.fields.iter().position(|&f| f == Field::Reg);
+            let usable = |i: usize| homed(i).is_some() && self.may_stay_home(insn, info, i);
+            if let Some(i) = first.filter(|&i| usable(i) && info.rm_or_mem) {
+                at_home = Some(i);
+            } else if let (Some(first), Some(i)) = (first, second)
+                && homed(first).is_none()
+                && usable(i)
+            {
+                let mut opcode = 0;
+                if parts.exchange(&mut opcode) {
+                    exchanged = Some(opcode);
+                    at_home = Some(i);
+                }
+            }
+            if let Some(n) = at_home.and_then(homed) {
+                mem = home(n);
+            }
+        }
+        let written_only = matches!(
+            insn.mnemonic(),
+            iced_x86::Mnemonic::Mov | iced_x86::Mnemonic::Movzx | iced_x86::Mnemonic::Movsx | iced_x86::Mnemonic::Movsxd
+        ) && insn.op0_register().size() >= 4;
+        // What is free, for the registers that must be loaded.
+        let mut free = if memory { vec![R10, R9] } else { vec![R10, R9, R8] };
+        let mut placed: [Option<(u8, u8)>; 4] = [None; 4];
+        for i in 0..insn.op_count().min(4) as usize {
+            let Some(n) = homed(i) else { continue };
+            if at_home == Some(i) || placed.iter().flatten().any(|p| p.0 == n) {
+                continue;
+            }
+            let scratch = free.pop()?;
+            placed[i] = Some((n, scratch));
+            let read_elsewhere = (1..4).any(|k| k != i && homed(k) == Some(n));
+            if !(i == 0 && written_only && !read_elsewhere) {
+                self.asm.load(scratch, home(n));
+            }
+        }
+        let placed_at = |n: u8| placed.iter().flatten().find(|p| p.0 == n).map(|p| p.1);
+        parts.emit(&mut self.asm, info, high, mem, exchanged, |i| {
+            let field = info.fields[i];
+            if field == Field::None || at_home == Some(i) {
+                return None;
+            }
+            match operand_number(insn, i as u32)? {
+                n if is_homed(n) => placed_at(n),
+                RSP => Some(R11),
+                _ => None,
+            }
+        });
+        for i in 0..insn.op_count().min(4) as usize {
+            if info.written >> i & 1 != 0
+                && at_home != Some(i)
+                && let Some(scratch) = homed(i).and_then(placed_at)
+            {
+                self.asm.store(home(homed(i)?), scratch);
+            }
+        }
+        Some(())
+    }
+
+    /// Whether an instruction may work on a register's home instead of the register.
+    fn may_stay_home(&self, insn: &Instruction, info: &Info, i: usize) -> bool {
+        use iced_x86::Mnemonic as M;
+        let size = insn.op_register(i as u32).size();
+        let n = operand_number(insn, i as u32);
+        // Two operands of one register would see each other; with memory these are locked, or reach beyond it.
+        let alone = (0..insn.op_count()).filter(|&k| operand_number(insn, k) == n).count() == 1;
+        let other = matches!(
+            insn.mnemonic(),
+            M::Xchg | M::Xadd | M::Cmpxchg | M::Bt | M::Bts | M::Btr | M::Btc
+        );
+        // Writing 32 bits clears the rest of a register; writing fewer makes the next load wait.
+        // Vector instructions write less to memory than to a register; rotates and shifts leave other flags there.
+        let whole = info.written >> i & 1 == 0 || size == 8 && !info.vector && !info.counted;
+        // A field of the processor makes it longer by up to six bytes, of which no instruction has more than 15.
+        alone && !other && whole && insn.len() <= 9
     }
 
     fn lea(&mut self, d: &Decoded) -> Option<()> {
@@ -655,26 +758,27 @@ impl Translator<'_> {
     /// Writes `value` below the top of the stack and moves the stack pointer. R8 to R10 are lost.
     fn push_register(&mut self, d: &Decoded, value: Pushed) {
         self.lose_flags(d.live_in, R9);
-        self.asm.lea(R8, Mem::At(R11, -8));
-        self.check(Wanted::new(d.at, d.insn.len() as u8, 8, true).on_stack(true));
+        let top = Place::Based(R11, -8);
+        self.check(top, Wanted::new(d.at, d.insn.len() as u8, 8, true).on_stack(true));
+        let top = top.mem();
         match value {
             Pushed::Register(n) if is_homed(n) => {
                 self.asm.load(R9, home(n));
-                self.asm.store(Mem::At(R8, 0), R9);
+                self.asm.store(top, R9);
             }
-            Pushed::Register(n) => self.asm.store(Mem::At(R8, 0), host(n)),
+            Pushed::Register(n) => self.asm.store(top, host(n)),
             Pushed::Immediate(value) => {
-                self.asm.mem(&[], true, &[0xc7], 0, Mem::At(R8, 0));
+                self.asm.mem(&[], true, &[0xc7], 0, top);
                 self.asm.imm32(value as u32);
             }
             Pushed::Temp => {
                 self.asm.load(R9, TEMP);
-                self.asm.store(Mem::At(R8, 0), R9);
+                self.asm.store(top, R9);
             }
             Pushed::Return(next) => {
                 self.asm.load(R9, BASE);
                 self.asm.lea(R9, Mem::At(R9, i32::from(next)));
-                self.asm.store(Mem::At(R8, 0), R9);
+                self.asm.store(top, R9);
             }
         }
         self.asm.lea(R11, Mem::At(R11, -8));
@@ -689,10 +793,10 @@ impl Translator<'_> {
             }
             OpKind::Memory => {
                 self.lose_flags(d.live_in, R9);
-                self.address(insn)?;
+                let place = self.place(insn)?;
                 let wanted = self.wanted(d, 8, false);
-                self.check(wanted);
-                self.asm.load(R8, Mem::At(R8, 0));
+                self.check(place, wanted);
+                self.asm.load(R8, place.mem());
                 self.asm.store(TEMP, R8);
                 self.push_register(d, Pushed::Temp);
             }
@@ -707,13 +811,13 @@ impl Translator<'_> {
     fn pop(&mut self, d: &Decoded) -> Option<()> {
         let n = operand_number(&d.insn, 0)?;
         self.lose_flags(d.live_in, R9);
-        self.asm.mov(R8, R11);
-        self.check(Wanted::new(d.at, d.insn.len() as u8, 8, false).on_stack(true));
+        let top = Place::Based(R11, 0);
+        self.check(top, Wanted::new(d.at, d.insn.len() as u8, 8, false).on_stack(true));
         if is_homed(n) {
-            self.asm.load(R9, Mem::At(R8, 0));
+            self.asm.load(R9, top.mem());
             self.asm.store(home(n), R9);
         } else {
-            self.asm.load(host(n), Mem::At(R8, 0));
+            self.asm.load(host(n), top.mem());
         }
         if n != RSP {
             self.asm.lea(R11, Mem::At(R11, 8));
@@ -723,10 +827,10 @@ impl Translator<'_> {
 
     fn leave(&mut self, d: &Decoded) {
         self.lose_flags(d.live_in, R9);
-        self.asm.mov(R8, RBP);
-        self.check(Wanted::new(d.at, d.insn.len() as u8, 8, false).on_stack(true));
+        let frame = Place::Based(RBP, 0);
+        self.check(frame, Wanted::new(d.at, d.insn.len() as u8, 8, false).on_stack(true));
         self.asm.lea(R11, Mem::At(RBP, 8));
-        self.asm.load(RBP, Mem::At(R8, 0));
+        self.asm.load(RBP, frame.mem());
     }
 
     /// Divisions whose quotient certainly fits run here, others in the handler. They leave the flags alone, as processors
@@ -737,10 +841,10 @@ impl Translator<'_> {
         let signed = insn.mnemonic() == iced_x86::Mnemonic::Idiv;
         self.lose_flags(d.live_in, R9);
         if insn.op0_kind() == OpKind::Memory {
-            self.address(insn)?;
+            let place = self.place(insn)?;
             let wanted = self.wanted(d, if wide { 8 } else { 4 }, false);
-            self.check(wanted);
-            self.asm.mem(&[], wide, &[0x8b], R9, Mem::At(R8, 0));
+            self.check(place, wanted);
+            self.asm.mem(&[], wide, &[0x8b], R9, place.mem());
         } else {
             let n = number(insn.op0_register())?;
             if is_homed(n) {
@@ -854,8 +958,8 @@ impl Translator<'_> {
             }
         } else {
             self.asm.load(R8, BASE);
-            self.add_to_r8(target);
-            self.asm.call(self.request.glue.dispatch);
+            self.asm.add_to_r8(target);
+            self.asm.call(self.request.glue.dispatch_at_once);
         }
         self.returned(d.end());
     }
@@ -869,9 +973,9 @@ impl Translator<'_> {
     fn ret(&mut self, d: &Decoded) {
         self.lose_flags(d.live_in, R9);
         let more = if d.insn.op_count() == 1 { d.insn.immediate16() } else { 0 };
-        self.asm.mov(R8, R11);
-        self.check(Wanted::new(d.at, d.insn.len() as u8, 8, false).on_stack(true));
-        self.asm.load(R8, Mem::At(R8, 0));
+        let top = Place::Based(R11, 0);
+        self.check(top, Wanted::new(d.at, d.insn.len() as u8, 8, false).on_stack(true));
+        self.asm.load(R8, top.mem());
         self.asm.lea(R11, Mem::At(R11, 8 + i32::from(more)));
         self.note_origin(d, 8 + i32::from(more));
         self.asm.byte(0xc3);
@@ -881,10 +985,10 @@ impl Translator<'_> {
         let insn = &d.insn;
         self.lose_flags(d.live_in, R9);
         if insn.op0_kind() == OpKind::Memory {
-            self.address(insn)?;
+            let place = self.place(insn)?;
             let wanted = self.wanted(d, 8, false);
-            self.check(wanted);
-            self.asm.load(R8, Mem::At(R8, 0));
+            self.check(place, wanted);
+            self.asm.load(R8, place.mem());
         } else {
             let n = number(insn.op0_register())?;
             if is_homed(n) {
@@ -908,32 +1012,50 @@ impl Translator<'_> {
         Some(())
     }
 
-    fn finish_stubs(&mut self) {
+    /// Writes what stands out of the way, for where it will lie.
+    fn finish_stubs(&mut self, at: impl FnOnce(usize) -> u64) -> Vec<u8> {
         let glue = self.request.glue;
-        let end_of_block = self.asm.code.len();
-        for stub in std::mem::take(&mut self.stubs) {
-            let a = &mut self.asm;
+        let stubs = std::mem::take(&mut self.stubs);
+        let len = stubs.iter().map(Stub::most).sum::<usize>();
+        let mut aside = Asm::new(at(len));
+        let (a, code) = (&mut aside, &mut self.asm);
+        let end_of_block = code.origin + code.code.len() as u64;
+        for stub in stubs {
+            let here = a.here();
             match stub {
-                Stub::Access { from, wanted, resume, done } => {
-                    a.land(from);
+                Stub::Access { from, place, wanted, resume, done } => {
+                    code.land_abroad(from, here);
+                    if let Place::Based(base, disp) = place {
+                        a.lea(R8, Mem::At(base, disp));
+                    }
                     a.mov_imm32(R9, wanted.0);
-                    a.call(glue.access);
-                    let back = a.jmp_forward();
-                    a.land_at(back, resume);
-                    let on = a.jmp_forward();
-                    a.land_at(on, done.unwrap_or(end_of_block));
+                    let stack = matches!(place, Place::Based(R11, _));
+                    a.call(if stack { glue.stack } else { glue.access });
+                    match place {
+                        Place::Linear => a.jmp(code.origin + resume as u64),
+                        Place::Based(base, disp) => {
+                            // What completes the instruction comes back five bytes further.
+                            let on = a.jmp_forward();
+                            a.jmp(done.map_or(end_of_block, |done| code.origin + done as u64));
+                            a.land(on);
+                            a.lea(R9, Mem::At(base, disp));
+                            a.regs(true, &[0x29], R9, R8); // sub r8, r9
+                            a.jmp(code.origin + resume as u64);
+                            continue;
+                        }
+                    }
+                    a.jmp(done.map_or(end_of_block, |done| code.origin + done as u64));
                 }
                 Stub::Handler { from, op, resume } => {
                     for forward in from {
-                        a.land(forward);
+                        code.land_abroad(forward, here);
                     }
                     a.mov_imm(R8, op);
                     a.call(glue.handler);
-                    let back = a.jmp_forward();
-                    a.land_at(back, resume);
+                    a.jmp(code.origin + resume as u64);
                 }
                 Stub::Link { from, number, target, save_flags } => {
-                    a.land(from);
+                    code.land_abroad(from, here);
                     if save_flags {
                         a.save_flags(STATUS, R9);
                     }
@@ -943,16 +1065,16 @@ impl Translator<'_> {
                     a.jmp(glue.leave_to_link);
                 }
                 Stub::Far { from, target, save_flags } => {
-                    a.land(from);
+                    code.land_abroad(from, here);
                     if save_flags {
                         a.save_flags(STATUS, R9);
                     }
                     a.load(R8, BASE);
-                    self.add_to_r8(target);
-                    self.asm.jmp(glue.dispatch);
+                    a.add_to_r8(target);
+                    a.jmp(glue.dispatch_at_once);
                 }
                 Stub::Leave { from, at, save_flags } => {
-                    a.land(from);
+                    code.land_abroad(from, here);
                     if save_flags {
                         a.save_flags(STATUS, R9);
                     }
@@ -961,12 +1083,52 @@ impl Translator<'_> {
                     a.jmp(glue.leave);
                 }
                 Stub::Vectors { from, resume } => {
-                    a.land(from);
+                    code.land_abroad(from, here);
                     a.call(glue.load_vectors);
-                    let back = a.jmp_forward();
-                    a.land_at(back, resume);
+                    a.jmp(code.origin + resume as u64);
                 }
             }
+        }
+        debug_assert!(aside.code.len() <= len);
+        aside.code.resize(len, 0xcc);
+        aside.code
+    }
+}
+
+impl Stub {
+    /// Bytes of its code at most.
+    fn most(&self) -> usize {
+        match self {
+            Self::Access { place: Place::Linear, .. } => 21,
+            Self::Access { .. } => 45,
+            Self::Handler { .. } => 20,
+            Self::Link { save_flags, .. } => 27 + if *save_flags { FLAGS_SAVED } else { 0 },
+            Self::Far { save_flags, .. } => 32 + if *save_flags { FLAGS_SAVED } else { 0 },
+            Self::Leave { save_flags, .. } => 21 + if *save_flags { FLAGS_SAVED } else { 0 },
+            Self::Vectors { .. } => 10,
+        }
+    }
+}
+
+/// Bytes of code that saves flags.
+const FLAGS_SAVED: usize = 20;
+
+/// Where an access goes.
+#[derive(Debug, Clone, Copy)]
+enum Place {
+    /// The linear address is in R8; once it is checked, the host's is.
+    Linear,
+    /// The linear address is the sum of a host register, which holds a guest's, and a displacement; once it is checked, what
+    /// must be added to it is in R8.
+    Based(u8, i32),
+}
+
+impl Place {
+    /// The operand, once checked.
+    fn mem(self) -> Mem {
+        match self {
+            Self::Linear => Mem::At(R8, 0),
+            Self::Based(base, disp) => Mem::Sum(Some(R8), Some((base, 0)), disp),
         }
     }
 }
@@ -1017,18 +1179,20 @@ pub(super) fn needs_handler(insn: &Instruction, info: &Info, key: Key) -> bool {
                 && !has_small_address(insn));
     match info.class {
         Class::Plain => {
-            let unavailable =
-                info.vector && !key.sse() || info.avx && !key.avx() || info.arithmetic && !key.masked();
+            let unavailable = info.vector && !key.sse()
+                || info.avx && !key.avx()
+                || info.arithmetic && !key.masked();
             let bit_string = matches!(insn.mnemonic(), M::Bt | M::Bts | M::Btr | M::Btc)
                 && memory.is_some()
                 && insn.op_kind(1) == OpKind::Register;
             let implicit = insn.op_kinds().any(|k| k > OpKind::Immediate32to64 && k != OpKind::Memory);
             // High bytes allow no REX prefix, which the stand-in for RSP needs.
-            let clash =
-                has_high_byte(insn) && (0..insn.op_count()).any(|i| operand_number(insn, i) == Some(RSP));
+            let clash = has_high_byte(insn) && (0..insn.op_count()).any(|i| operand_number(insn, i) == Some(RSP));
             // F3 makes one form of XCHG another instruction.
             let repeated = insn.mnemonic() == M::Xchg && insn.has_rep_prefix();
-            let strange = bit_string || implicit || odd || clash || repeated;
+            // With other registers in the operand it might have more than 15 bytes.
+            let long = insn.len() > if memory.is_some() { 12 } else { 14 };
+            let strange = bit_string || implicit || odd || clash || repeated || long;
             unavailable || strange || memory.is_some() && (size == 0 || size > 64)
         }
         Class::Lea => odd || insn.op0_register().size() == 2,

@@ -291,7 +291,10 @@ impl Cpu {
         if logged && access == Access::Write {
             self.memory.mark_dirty(page.index);
         }
-        let watched = self.memory.watch(page.index).load(Ordering::SeqCst) != 0;
+        // Another processor may have cleared the mask under the code that runs here.
+        let watched = self.memory.watch(page.index).load(Ordering::SeqCst) != 0
+            || self.blocks.runs_on(page.index) && self.blocks.running_stale()
+            || self.jit.is_some() && self.memory.epoch() != self.code_epoch;
         let free = writable && page.writable && !watched && (!logged || access == Access::Write);
         self.tlb.fill(context, linear, Found { gpa, page, free, shift }, global);
         Ok(Place::Memory { page, gpa: gpa | linear % PAGE })
@@ -528,7 +531,10 @@ impl Cpu {
     fn about_to_write(&mut self, page: HostPage, offset: u64, len: u64) -> Exec {
         let mask = GuestMemory::watch_mask(offset, len);
         let watched = self.memory.watch(page.index).load(Ordering::SeqCst) & mask != 0;
-        if watched && self.blocks.runs_on(page.index) && !self.blocks.running_alone() {
+        if self.blocks.runs_on(page.index)
+            && (watched || self.blocks.running_stale())
+            && !self.blocks.running_alone()
+        {
             self.raised = Raised::Restart;
             return Err(Abort);
         }
