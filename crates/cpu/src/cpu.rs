@@ -8,7 +8,7 @@ use skep_memory::GuestMemory;
 
 use crate::block::Blocks;
 use crate::fault::Raised;
-use crate::jit::{Hot, Jit};
+use crate::jit::{Hot, Jit, Lockstep};
 use crate::mmu::Tlb;
 use crate::native::{Fpu, Thunks};
 use crate::regs::Regs;
@@ -241,6 +241,8 @@ pub(crate) struct Cpu {
     pub(crate) blocks: Blocks,
     /// Translated code, if the engine is the translator.
     pub(crate) jit: Option<Box<Jit>>,
+    /// What compares translated code with the interpreter, if the engine is both.
+    pub(crate) lockstep: Option<Box<Lockstep>>,
     /// The machine, while running.
     pub(crate) io: IoSlot,
     /// Guest memory.
@@ -356,6 +358,7 @@ impl Cpu {
             msrs: Msrs::new(id, &shared),
             blocks: Blocks::new(),
             jit: None,
+            lockstep: None,
             io: IoSlot::empty(),
             memory,
             shared,

@@ -170,6 +170,11 @@ impl Cpu {
         self.lower(insn, bytes, CodeSize::Bits64, at).op
     }
 
+    /// Who executes a 64-bit instruction.
+    pub(crate) fn room(&mut self, insn: &Instruction, bytes: &[u8]) -> Room {
+        self.lower(insn, bytes, CodeSize::Bits64, 0).by
+    }
+
     /// The bytes from `linear` to the end of its page, 15 at most, and how many there are.
     fn fetch_bytes(&mut self, linear: u64) -> Exec<([u8; LONGEST], usize)> {
         let mut bytes = [0; LONGEST];

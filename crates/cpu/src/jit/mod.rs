@@ -4,7 +4,8 @@
 //! * [`translate`] makes code of decoded instructions, by what [`table`] knows of them; [`encode`] puts other operands into
 //!   an instruction, [`asm`] writes our own;
 //! * [`glue`] is the code between translated code and Rust, [`help`] the Rust that it calls;
-//! * [`memory`] is where the code lies.
+//! * [`memory`] is where the code lies;
+//! * [`lockstep`] compares all of this with the interpreter.
 //!
 //! A block is known by its guest physical address and by what else decides its meaning ([`Key`]); it names addresses relative
 //! to its page only, so that it serves wherever the page is mapped. Jumps within the page are direct; all others go through
@@ -19,6 +20,7 @@ mod dump;
 mod encode;
 mod glue;
 mod help;
+mod lockstep;
 mod memory;
 mod table;
 mod translate;
@@ -30,6 +32,7 @@ use std::io;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use glue::Glue;
+pub(crate) use lockstep::Lockstep;
 use memory::CodeMemory;
 use skep_memory::GuestMemory;
 use table::Table;
@@ -199,8 +202,15 @@ pub(crate) struct Jit {
     ops: Ops,
     /// Jumps may lead to other blocks at once.
     chain: bool,
+    /// Blocks go on behind conditional jumps and calls.
+    extends: bool,
+    /// Blocks hold only what lockstep can run twice.
+    repeatable: bool,
     /// Instructions in a block at most.
     most: usize,
+    /// Spoils what was translated, for tests.
+    #[cfg(test)]
+    spoil: Option<fn(&mut [u8])>,
 }
 
 /// What was found at an address.
@@ -235,13 +245,18 @@ impl Jit {
             links: Vec::new(),
             ops: Vec::new(),
             chain: true,
+            extends: true,
+            repeatable: false,
             most: MAX_INSTRUCTIONS,
+            #[cfg(test)]
+            spoil: None,
         })
     }
 
     /// For comparisons: blocks of so many instructions at most, each on its own.
     pub(crate) fn set_alone(&mut self, most: usize) {
-        (self.chain, self.most) = (false, most.clamp(1, MAX_INSTRUCTIONS));
+        (self.chain, self.extends) = (false, false);
+        self.most = most.clamp(1, MAX_INSTRUCTIONS);
         self.clear();
     }
 
@@ -465,7 +480,8 @@ impl Cpu {
             jit.record(page.index, linear, now);
         }
         // The link that was left by, if nothing has come between: an interrupt, say.
-        if self.left_for == (linear, stamp)
+        if jit.chain
+            && self.left_for == (linear, stamp)
             && let (Some(&open), Some(&entry)) = (jit.links.get(link as usize), jit.blocks.get(&id))
         {
             if open.link.far {
@@ -485,9 +501,11 @@ impl Cpu {
             self.blocks.clear();
             self.thunks.clear();
             jit.clear();
+            self.forget_blocks();
         }
         if jit.memory.room() < RESERVE {
             jit.clear();
+            self.forget_blocks();
             self.stats.translations.flushes += 1;
         }
         let at = (linear % PAGE) as u16;
@@ -498,7 +516,7 @@ impl Cpu {
             let mut bytes = [0u8; PAGE as usize + 16];
             crate::decode::copy_code(&first, 0, &mut bytes[..PAGE as usize]);
             let known = |at: u16| jit.blocks.get(&(prefix | u64::from(at) << Key::BITS)).copied();
-            let (most, on, cpuid) = (jit.most, jit.chain, &shared.cpuid);
+            let (most, on, cpuid) = (jit.most, jit.extends, &shared.cpuid);
             let source = Source { page: &bytes, len: PAGE as usize, key, most, on, known: &known, cpuid };
             let mut insns = translate::decode(&source, at, &mut jit.table);
             let mut second = None;
@@ -512,6 +530,9 @@ impl Cpu {
                     Source { page: &bytes, len: bytes.len(), key, most: 1, on, known: &known, cpuid };
                 insns = translate::decode(&source, at, &mut jit.table);
                 second = Some(page);
+            }
+            if jit.repeatable {
+                self.keep_repeatable(&bytes, &mut insns);
             }
             let Some(last) = insns.last() else { return Ok(None) };
             let len = (last.end() - at) as usize;
@@ -537,11 +558,18 @@ impl Cpu {
                 known: &known,
                 cpuid: &shared.cpuid,
                 chain: jit.chain,
+                foresees: jit.chain || jit.repeatable,
             };
             let origin = jit.memory.next();
             let aside = |len| jit.memory.next_aside(len);
             let made = translate::translate(origin, aside, request, &mut insns, &ops, &mut jit.table);
-            let Some(Made { code, aside, entry, links }) = made else { return Ok(None) };
+            #[cfg_attr(not(test), expect(unused_mut, reason = "tests spoil it"))]
+            let Some(Made { mut code, aside, entry, links }) = made else { return Ok(None) };
+            #[cfg(test)]
+            if let Some(spoil) = jit.spoil {
+                spoil(&mut code);
+            }
+            self.describe_block(entry.from_memory, &insns, &bytes);
             dump::block(linear, origin, &insns, &code);
             if !jit.memory.add(&code, &aside) {
                 return Ok(None);

@@ -39,8 +39,8 @@ pub(super) struct Decoded {
     pub(super) at: u16,
     pub(super) info: Info,
     /// Status flags that may be read before they are written again: in front of it, and behind.
-    live_in: u16,
-    live_out: u16,
+    pub(super) live_in: u16,
+    pub(super) live_out: u16,
 }
 
 impl Decoded {
@@ -49,7 +49,7 @@ impl Decoded {
     }
 
     /// Control goes elsewhere, always or at times.
-    fn transfers(&self) -> bool {
+    pub(super) fn transfers(&self) -> bool {
         self.insn.flow_control() != iced_x86::FlowControl::Next
     }
 
@@ -155,6 +155,8 @@ pub(super) struct Request<'a> {
     pub(super) cpuid: &'a CpuidTable,
     /// Whether jumps may lead to other blocks at once.
     pub(super) chain: bool,
+    /// Whether to look behind jumps for the flags that are needed there.
+    pub(super) foresees: bool,
 }
 
 /// What the translator made.
@@ -318,7 +320,7 @@ fn always_counts(insn: &Instruction, info: &Info) -> bool {
 
 /// Flags that may be read at an offset of the page before they are written.
 fn foresee(request: &Request<'_>, table: &mut Table, at: i64) -> u16 {
-    if !(0..PAGE as i64).contains(&at) || !request.chain {
+    if !(0..PAGE as i64).contains(&at) || !request.foresees {
         return STATUS_FLAGS;
     }
     if let Some(entry) = (request.known)(at as u16) {
