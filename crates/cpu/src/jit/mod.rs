@@ -1,8 +1,9 @@
 //! The translator: runs of 64-bit guest instructions become code for the host, which is of the same kind, so that most of them
 //! stay what they are but for their operands.
 //!
-//! * [`translate`] makes code of decoded instructions, by what [`table`] knows of them; [`encode`] puts other operands into
-//!   an instruction, [`asm`] writes our own;
+//! * [`translate`] makes code of decoded instructions, by what [`table`] knows of them: their [`operands`], their [`flags`], the
+//!   [`flow`] of control, and the [`stubs`] out of its way; [`encode`] puts other operands into an instruction, [`asm`] writes
+//!   our own;
 //! * [`glue`] is the code between translated code and Rust, [`help`] the Rust that it calls;
 //! * [`memory`] is where the code lies;
 //! * [`lockstep`] compares all of this with the interpreter.
@@ -18,10 +19,14 @@
 mod asm;
 mod dump;
 mod encode;
+mod flags;
+mod flow;
 mod glue;
 mod help;
 mod lockstep;
 mod memory;
+mod operands;
+mod stubs;
 mod table;
 mod translate;
 
