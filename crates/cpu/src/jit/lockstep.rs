@@ -1,14 +1,13 @@
 //! Lockstep: each translated block runs twice from the same state, in the interpreter and then as translated; what differs
 //! ends the run with a report.
 //!
-//! The interpreter goes first, every access of its on the slow path, where what is about to be overwritten is recorded.
+//! The interpreter goes first, every write of its on the slow path, where what is about to be overwritten is recorded.
 //! Its results are put aside, everything is undone, the translated block runs, and both results are compared. A block holds
 //! only what can be repeated: what talks to devices, to the clock or to the system registers, and repeated string
 //! instructions, which may pause anywhere, are executed by the interpreter alone; so are blocks that reach a device's
 //! memory or change code.
 //!
-//! Memory may change in between after all, by a device's doing, and translations may be older in the soft TLB than in the
-//! page tables, as a guest must expect. So a difference counts only if it shows again, either with an empty TLB or with one
+//! Memory may change in between after all, by a device's doing. So a difference counts only if it shows again, either with an empty TLB or with one
 //! that is filled anew.
 //!
 //! Status flags that the translator leaves undefined, because nobody needs them, go on undefined in the translated blocks
@@ -26,7 +25,6 @@ use super::{Found, Jit, MAX_INSTRUCTIONS, NO_LINK, PAGE, table};
 use crate::cpu::Cpu;
 use crate::decode::Room;
 use crate::fault::{Abort, Exception, Raised};
-use crate::mmu::Context;
 use crate::native::Fpu;
 use crate::regs::Regs;
 use crate::run::Step;
@@ -438,8 +436,7 @@ impl Cpu {
 
     /// Interprets a block, recording what it overwrites.
     fn interpret_recording(&mut self, text: &Text) -> Left {
-        let context = self.tlb.context();
-        self.tlb.select(Context::Slow);
+        self.tlb.write_slowly(true);
         if let Some(lockstep) = &mut self.lockstep {
             lockstep.writes.clear();
             (lockstep.recording, lockstep.device) = (true, false);
@@ -448,7 +445,7 @@ impl Cpu {
         if let Some(lockstep) = &mut self.lockstep {
             lockstep.recording = false;
         }
-        self.tlb.select(context);
+        self.tlb.write_slowly(false);
         self.raised = Raised::None;
         self.look = false;
         left
@@ -556,4 +553,73 @@ fn talks(insn: &iced_x86::Instruction) -> bool {
         insn.mnemonic(),
         M::Insb | M::Insw | M::Insd | M::Outsb | M::Outsw | M::Outsd | M::Rdrand | M::Rdseed
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::oracle::case::{CODE, Case, Patch, State, WINDOW};
+    use crate::oracle::subject::Subject;
+
+    /// ADD RAX, RBX; MOV [RDI], RAX; JNE over UD2 to UD2.
+    const BYTES: [u8; 12] = [0x48, 0x01, 0xd8, 0x48, 0x89, 0x07, 0x75, 0x02, 0x0f, 0x0b, 0x0f, 0x0b];
+    const ADD: [u8; 3] = [0x48, 0x01, 0xd8];
+
+    fn run(spoil: Option<fn(&mut [u8])>) -> (Option<RunEnd>, Tally, u64) {
+        let mut case =
+            Case { state: State::initial(), code: [0; 16], len: 12, steps: false, patches: [Patch::NONE; 3] };
+        case.code[..12].copy_from_slice(&BYTES);
+        case.state.rip = CODE + 0x100;
+        (case.state.gpr[0], case.state.gpr[3], case.state.gpr[7]) = (40, 2, WINDOW + 0x800);
+        let mut subject = Subject::new().expect("a processor");
+        subject.add_handlers().expect("handlers");
+        let cpu = subject.prepare(&case).expect("the case fits");
+        let mut jit = Jit::new().expect("a translator");
+        jit.set_lockstep();
+        jit.spoil = spoil;
+        cpu.jit = Some(Box::new(jit));
+        cpu.lockstep = Some(Box::default());
+        let end = cpu.execute_lockstep();
+        let tally = cpu.lockstep.as_ref().map(|l| l.tally()).unwrap_or_default();
+        (end, tally, cpu.regs.gpr(0))
+    }
+
+    fn replace(code: &mut [u8], from: &[u8], to: &[u8]) {
+        let at = code.windows(from.len()).position(|w| w == from).expect("it is there");
+        code[at..at + to.len()].copy_from_slice(to);
+    }
+
+    #[test]
+    fn what_is_right_goes_on() {
+        let (end, tally, rax) = run(None);
+        assert_eq!(end, None);
+        assert_eq!(tally, Tally { blocks: 1, instructions: 3, alone: 1, passing: 0 });
+        assert_eq!(rax, 42);
+    }
+
+    #[test]
+    fn a_wrong_translation_is_found() {
+        // SUB instead, which shows in a register and in memory.
+        let sub: fn(&mut [u8]) = |code| replace(code, &ADD, &[0x48, 0x29, 0xd8]);
+        let (end, tally, _) = run(Some(sub));
+        let Some(RunEnd::Failed(report)) = end else { panic!("{end:?}") };
+        for part in [
+            "Add_rm64_r64",
+            "[48 01 d8]",
+            "rbx = 0x2",
+            "rax: interpreter 0x2a, translated 0x26",
+            "memory at ...800",
+        ] {
+            assert!(report.contains(part), "{part} is missing:\n{report}");
+        }
+        assert_eq!(tally.blocks, 0);
+    }
+
+    #[test]
+    fn a_wrong_jump_is_found() {
+        // JNE by a long displacement, in whatever place it stands, becomes JE.
+        let jump: fn(&mut [u8]) = |code| replace(code, &[0x0f, 0x85], &[0x0f, 0x84]);
+        let Some(RunEnd::Failed(report)) = run(Some(jump)).0 else { panic!("not found") };
+        assert!(report.contains("rip: interpreter"), "{report}");
+    }
 }

@@ -265,6 +265,12 @@ impl Jit {
         self.clear();
     }
 
+    /// For comparisons: blocks that go on behind jumps, each on its own.
+    pub(crate) fn set_extended(&mut self) {
+        self.set_alone(MAX_INSTRUCTIONS);
+        self.extends = true;
+    }
+
     /// Drops all code.
     fn clear(&mut self) {
         self.memory.truncate(self.floor);

@@ -247,6 +247,10 @@ pub(crate) struct Tlb {
     pub(crate) current: NonNull<Entry>,
     /// The page that the stack was last in. Generated code looks here, and fills it.
     stack: StackPage,
+    /// Array in which the interpreter looks before it writes: `current`, or none.
+    writing: NonNull<Entry>,
+    /// The interpreter's writes take the slow path, all of them.
+    writes_slowly: bool,
     stamp: u64,
     context: Context,
     /// Index of the address space in use.
@@ -272,6 +276,8 @@ impl Tlb {
         let mut tlb = Self {
             current: nothing(),
             stack: NO_STACK,
+            writing: nothing(),
+            writes_slowly: false,
             stamp: 0,
             context: Context::Kernel,
             space: 0,
@@ -304,6 +310,12 @@ impl Tlb {
         self.stamp
     }
 
+    /// Makes all writes of the interpreter take the slow path, or lets them go.
+    pub(crate) fn write_slowly(&mut self, slowly: bool) {
+        self.writes_slowly = slowly;
+        self.writing = if slowly { nothing() } else { self.current };
+    }
+
     #[inline(always)]
     fn entry(&self, linear: u64) -> &Entry {
         // SAFETY: the index is masked to the array's length, and `current` points to an array that lives.
@@ -321,7 +333,8 @@ impl Tlb {
     /// Host address for writing `size` bytes, if cached and within one page.
     #[inline(always)]
     pub(crate) fn write(&self, linear: u64, size: u64) -> Option<*mut u8> {
-        let entry = self.entry(linear);
+        // SAFETY: as in `entry`; `writing` points to the same array, or to `nothing()`.
+        let entry = unsafe { &*self.writing.as_ptr().add(index(linear)) };
         (entry.write == page_of(linear.wrapping_add(size - 1)))
             .then(|| entry.delta.wrapping_add(linear) as *mut u8)
     }
@@ -532,6 +545,7 @@ impl Tlb {
         self.stack = NO_STACK;
         let array = self.spaces[self.space].arrays.get(self.context as usize).and_then(Option::as_ref);
         self.current = array.map_or_else(nothing, |array| array.at);
+        self.write_slowly(self.writes_slowly);
     }
 }
 
