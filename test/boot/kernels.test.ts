@@ -102,15 +102,19 @@ describe('an end', () => {
   })
 })
 
+/** Kernels whose end QEMU's TCG, the processor of L1, does not reach by itself either, or only with a score of checks wrong. */
+const beyondL1 = new Set(['code-changes', 'precise-faults'])
+
 /**
  * What fails in L1 because QEMU's emulated processor gets it wrong. `qemu-system-x86_64 -accel kvm` there fails the same, but for
- * emulation 48 (a store that straddles an absent page), where it gives up before: that one is taken to be QEMU's.
+ * emulation 48 (a store that straddles an absent page), where it gives up before: that one is taken to be QEMU's. The checks of page-tables fail under `-accel tcg` alone.
  */
 const wrongInL1: Record<string, number[]> = {
   exceptions: [14, 23, 30],
   'real-mode': [28, 29],
   emulation: [48],
   lines: [39],
+  'page-tables': [82, 84],
 }
 
 /** The checks that failed and should not have. */
@@ -151,6 +155,7 @@ describe('the guest finds', () => {
     ['processors', 4],
   ] as const)('%s right with %i vCPU', { retry: inL1 ? 2 : 0 }, async ([name, cpus], { skip }) => {
     skip(inL1 && name === 'ipi-storm' && cpus > 2, 'takes two minutes in L1')
+    skip(inL1 && beyondL1.has(name), "beyond QEMU's TCG, which is L1's processor")
     // XCR0 is wrong in L1: no AVX there.
     const cpu = inL1 && name === 'emulation' ? 'x86-64-v2' : 'host'
     const { exit, output } = await kernel(`${name}.elf`, { cpus, cpu }, `cpus=${cpus}`)
