@@ -71,13 +71,20 @@ fn run_blocks(options: &Options) -> Result<u64, skep_cpu::oracle::OracleError> {
         let share = options.cases.div_ceil(Level::ALL.len() as u64);
         let mut blocks = Blocks::new(options.seed, options.only.as_deref(), options.block, level)?;
         let started = Instant::now();
-        let done = blocks.run_many(share, |_| {}, |difference| {
-            found += 1;
-            println!("difference {found} ({level:?}): {}", difference.text);
-            found < options.keep_going
-        })?;
+        let done = blocks.run_many(
+            share,
+            |_| {},
+            |difference| {
+                found += 1;
+                println!("difference {found} ({level:?}): {}", difference.text);
+                found < options.keep_going
+            },
+        )?;
         let rate = done as f64 / started.elapsed().as_secs_f64().max(1e-6);
-        println!("{level:?}: {done} runs of up to {} instructions, {found} differences, {rate:.0}/s", options.block);
+        println!(
+            "{level:?}: {done} runs of up to {} instructions, {found} differences, {rate:.0}/s",
+            options.block
+        );
         if found >= options.keep_going {
             break;
         }

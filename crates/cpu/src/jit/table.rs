@@ -134,6 +134,10 @@ fn look(insn: &Instruction, cpuid: &CpuidTable, factory: &mut InstructionInfoFac
         info.flags_changed = changed;
         info.flags_read = if matches!(insn.mnemonic(), Mnemonic::Rcl | Mnemonic::Rcr) { 1 } else { 0 };
     }
+    if matches!(insn.mnemonic(), Mnemonic::Bt | Mnemonic::Bts | Mnemonic::Btr | Mnemonic::Btc) {
+        // The others are undefined by the book and stay what they are on every processor.
+        info.flags_changed = 1;
+    }
     info.class = class(insn);
     if info.class != Class::Handler || is_general(insn) {
         if is_general(insn) {
