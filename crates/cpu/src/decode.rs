@@ -37,10 +37,7 @@ impl Cpu {
     }
 
     fn decode_block(&mut self, linear: u64, gpa: u64, key: Key) -> Exec<*const Block> {
-        if self.thunks.full() {
-            self.blocks.clear();
-            self.thunks.clear();
-        }
+        self.make_room();
         loop {
             let first = self.code_page(linear)?;
             let offset = (linear % PAGE) as usize;
@@ -101,6 +98,30 @@ impl Cpu {
             self.memory.version(page.index).load(Ordering::SeqCst) == version
         };
         pieces.iter().zip(watches).all(current).then(|| watches.map(|(_, version)| version))
+    }
+
+    /// Drops decoded code if little room is left for what it refers to. Translated code may be what asks: then that waits for
+    /// the run loop, to which it leads, and what is kept free must do until then.
+    fn make_room(&mut self) {
+        match (self.thunks.full(), self.jit.is_some()) {
+            (false, _) => {}
+            (true, true) => self.look = true,
+            (true, false) => {
+                self.blocks.clear();
+                self.thunks.clear();
+            }
+        }
+    }
+
+    /// As above, between two blocks of the run loop.
+    pub(crate) fn make_room_for_all(&mut self) {
+        if self.thunks.full() {
+            self.blocks.clear();
+            self.thunks.clear();
+            if let Some(jit) = &mut self.jit {
+                jit.clear();
+            }
+        }
     }
 
     /// Decodes whole instructions from `bytes` until a block must end: its length in bytes.
@@ -188,10 +209,7 @@ impl Cpu {
     /// Fetches and decodes the instruction at `linear` (which is CS:RIP) from memory as it is now. Nothing is kept: no
     /// block, no watch. Raises what a fetch raises.
     pub(crate) fn decode_fresh(&mut self, linear: u64, code: CodeSize) -> Exec<Fresh> {
-        if self.thunks.full() {
-            self.blocks.clear();
-            self.thunks.clear();
-        }
+        self.make_room();
         let (mut bytes, mut len) = self.fetch_bytes(linear)?;
         let (mut insn, whole) = decode(code, &bytes[..len]);
         if len < LONGEST && !whole {

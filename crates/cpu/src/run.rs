@@ -120,6 +120,7 @@ impl Cpu {
                 if let Some(end) = cpu.service() {
                     break end;
                 }
+                cpu.make_room_for_all();
                 if !cpu.translates() {
                     cpu.execute();
                 } else if cpu.lockstep.is_none() {

@@ -272,7 +272,7 @@ impl Jit {
     }
 
     /// Drops all code.
-    fn clear(&mut self) {
+    pub(crate) fn clear(&mut self) {
         self.memory.truncate(self.floor);
         self.jumps.fill(NO_JUMP);
         self.blocks.clear();

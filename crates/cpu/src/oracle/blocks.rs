@@ -279,7 +279,7 @@ impl Subject {
     /// Runs to the first exception, which may be UD2's.
     fn run_whole(&mut self, run: &Run, outcome: &mut Outcome) -> Result<(), SubjectError> {
         self.begin(run)?;
-        outcome.event = self.to_exception()?;
+        outcome.event = self.until_exception()?;
         self.end(run, outcome)
     }
 }

@@ -99,7 +99,7 @@ impl Subject {
     }
 
     /// Goes on to the first exception.
-    pub(super) fn to_exception(&mut self) -> Result<Event, SubjectError> {
+    pub(super) fn until_exception(&mut self) -> Result<Event, SubjectError> {
         for _ in 0..1 << 16 {
             match self.step() {
                 Step::Done => {}
