@@ -7,7 +7,7 @@ import { build } from 'rolldown'
 const path = (name) => fileURLToPath(new URL(`../${name}`, import.meta.url))
 
 /** The package, its command, and what the scripts and tests of this repository use beside them. */
-const entries = ['index', 'cli/main', 'images/apt', 'images/initramfs']
+const entries = ['index', 'cli/main', 'images/apt', 'images/cache', 'images/initramfs']
 
 /** Removes what an earlier build has left, whose names may have been others. */
 function clean(folder) {
