@@ -53,6 +53,7 @@ function contenders({ engine, qemu, 'qemu-cpu': cpu, memory, only }, boot) {
   return all.filter(({ key }) => !only || key === only)
 }
 
+/** The guest's instructions; the JIT counts only those that it leaves to the interpreter. */
 const instructions = (report) => report.vcpus.reduce((sum, vcpu) => sum + Number(vcpu.instructions), 0)
 const seconds = (ms) => (ms / 1000).toFixed(2)
 
@@ -93,7 +94,7 @@ await main(async () => {
   const summary = []
   for (const cpus of chosen.cpus) {
     // The guest does about the same work under both; QEMU does not say how much, so Skep's count stands in for it.
-    const counted = samples.filter((one) => one.cpus === cpus && one.report).map((one) => instructions(one.report))
+    const counted = samples.filter((one) => one.cpus === cpus && one.report?.engine === 'interpreter').map((one) => instructions(one.report))
     const work = counted.length > 0 ? median(counted) : undefined
     for (const { name } of all) {
       const mine = samples.filter((one) => one.name === name && one.cpus === cpus)
