@@ -2,7 +2,6 @@
 // microvm), in turn, each boot in a process of its own: time to the guest's init, exits, memory. On this machine's own KVM if
 // its processor has VT-x or SVM, else in L1, where only the ratios mean something (docs/performance.md).
 //   npm run bench:kvm -- [--runs 3] [--cpus 1] [--memory 512] [--log quiet,full] [--only NAME,...] [--l1] [--accel kvm]
-import { mkdirSync, readFileSync, writeFileSync } from 'node:fs'
 import { join } from 'node:path'
 import { parseArgs } from 'node:util'
 import { build, isCompiling } from '../scripts/lib/build.mjs'
@@ -11,35 +10,23 @@ import { hardwareKvm } from '../scripts/lib/kvm.mjs'
 import { prepareL1 } from '../scripts/lib/l1/image.mjs'
 import { checkL1, QEMU, runInL1 } from '../scripts/lib/l1/run.mjs'
 import { lines } from '../scripts/lib/lines.mjs'
-import { root, state } from '../scripts/lib/paths.mjs'
+import { root } from '../scripts/lib/paths.mjs'
 import { step } from '../scripts/lib/progress.mjs'
-import { Failure, main, output, run } from '../scripts/lib/run.mjs'
+import { Failure, main, run } from '../scripts/lib/run.mjs'
 import { checkTools } from '../scripts/lib/tools.mjs'
 import { host } from './lib/host.mjs'
+import { INIT_MARKER, INIT_OPTION, markedInitrd } from './lib/marked.mjs'
+import { chosenOf, whole } from './lib/options.mjs'
+import { qemuVersion } from './lib/peers.mjs'
+import { keepJson, resultFile } from './lib/results.mjs'
 import { median, table } from './lib/stats.mjs'
 
 const CONTENDERS = ['skep in node', 'skep bare', 'qemu q35', 'qemu microvm']
 const LOGS = ['quiet', 'full']
-/** The guest's first program prints it, before it becomes the initramfs's own init. */
-const MARKER = '<init>'
 const BOOT_TIMEOUT = 180_000
 const TIMEOUT = 7_200_000
 const L1 = { cpus: 1, memory: '3G' }
 const MIB = 1 << 20
-
-const whole = (text, name) => {
-  const number = Number(text)
-  if (!Number.isInteger(number) || number < 1)
-    throw new Failure(`--${name} ${text}: a whole number of at least 1 is wanted`, 2)
-  return number
-}
-
-const chosenOf = (text, known, name) => {
-  const chosen = text.split(',')
-  const unknown = chosen.filter((one) => !known.includes(one))
-  if (unknown.length > 0) throw new Failure(`--${name} ${unknown.join()}: there are ${known.join(', ')}`, 2)
-  return chosen
-}
 
 function options() {
   const { values } = parseArgs({
@@ -83,20 +70,6 @@ async function buildBare() {
   return path
 }
 
-/**
- * The guest's initramfs with one more file, as a second archive behind the first (the kernel takes any number): a first
- * program that says that it runs and becomes the real one.
- */
-async function markedInitrd(guest) {
-  const { writeInitramfs } = await import('../dist/index.js')
-  const more = join(state, 'bench-marker.cpio')
-  const data = `#!/bin/sh\necho '${MARKER}'\nexec /init\n`
-  await writeInitramfs(more, [{ path: 'marked-init', type: 'file', mode: 0o755, data }])
-  const path = join(state, 'bench-initrd')
-  writeFileSync(path, Buffer.concat([readFileSync(guest.initrd), readFileSync(more)]))
-  return path
-}
-
 /** A count of the kernel's by way of `vm.stats()`: debugfs names a VM after the thread that made it, which may be gone. */
 function reported(report, name) {
   const counts = report?.vcpus.map(({ kernel }) => kernel ?? {}) ?? []
@@ -137,8 +110,7 @@ await main(async () => {
   const chosen = options()
   const here = hardwareKvm()
   const direct = (here.usable || chosen.accel === 'software') && !chosen.l1
-  const version = await output(QEMU, ['--version'])
-  if (!version) throw new Failure(`${QEMU} is missing: sudo apt install qemu-system-x86`)
+  const version = await qemuVersion(QEMU)
   await checkTools({ guests: true })
   await build()
   const bare = await buildBare()
@@ -148,14 +120,14 @@ await main(async () => {
     await prepareL1()
   }
   const cmdlines = Object.fromEntries(
-    chosen.logs.map((log) => [log, `${guest.cmdline} rdinit=/marked-init${log === 'quiet' ? ' quiet' : ''}`]),
+    chosen.logs.map((log) => [log, `${guest.cmdline} ${INIT_OPTION}${log === 'quiet' ? ' quiet' : ''}`]),
   )
   const plan = {
     ...chosen,
-    ...{ kernel: guest.kernel, initrd: await markedInitrd(guest), cmdlines, marker: MARKER },
+    ...{ kernel: guest.kernel, initrd: await markedInitrd(guest), cmdlines, marker: INIT_MARKER },
     ...{ timeout: BOOT_TIMEOUT, qemu: QEMU, bare },
   }
-  const about = { ...(await host()), l1: !direct && L1, qemu: version.split('\n')[0], ...plan }
+  const about = { ...(await host()), l1: !direct && L1, qemu: version, ...plan }
 
   const command = [process.execPath, join(root, 'bench/lib/kvm-boots.mjs'), JSON.stringify(plan)]
   process.stderr.write(`${here.reason}: measuring ${direct ? 'on this machine' : 'in L1'}\n`)
@@ -197,10 +169,7 @@ await main(async () => {
       ...[one.overheadBytes, one.guestBytes].map((n) => shown(n, mib)),
     ])
   }
-  const folder = join(root, 'bench/results')
-  mkdirSync(folder, { recursive: true })
-  const file = join(folder, `kvm-${about.date.replaceAll(':', '')}.json`)
-  writeFileSync(file, `${JSON.stringify({ about, summary: results, samples }, null, 2)}\n`)
+  const file = keepJson(resultFile('kvm', about.date), { about, summary: results, samples })
   process.stdout.write(`${table(rows)}\n\nMedians of ${chosen.runs}${direct ? '' : ', in L1'}.\n${file}\n`)
   return samples.some(({ error }) => error) ? 1 : 0
 })

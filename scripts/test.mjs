@@ -1,4 +1,5 @@
 // npm test: everything that can fail, from a bare checkout. `npm test -- cargo`, `-- unit`, `-- boot` run a part.
+// SKEP_ENGINE=interpreter npm test runs the guests of the boot tests on that engine of the software CPU instead of the JIT.
 // Ends with one line of totals on stdout; the exit status is non-zero if anything failed.
 import { mkdirSync, rmSync } from 'node:fs'
 import { join } from 'node:path'

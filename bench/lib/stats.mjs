@@ -7,6 +7,10 @@ export function median(samples) {
   return sorted.length % 2 ? sorted[middle] : (sorted[middle - 1] + sorted[middle]) / 2
 }
 
+/** The geometric mean of positive numbers. */
+export const geometricMean = (samples) =>
+  Math.exp(samples.reduce((sum, sample) => sum + Math.log(sample), 0) / samples.length)
+
 /** A table for a terminal: first row is the heading, numbers are right-aligned. */
 export function table(rows) {
   const widths = rows[0].map((_, column) => Math.max(...rows.map((row) => String(row[column]).length)))

@@ -4,10 +4,10 @@ import { readFileSync } from 'node:fs'
 
 const TICKS_PER_SECOND = 100
 
-/** CPU time of a process in ms, user and system, all threads. */
-function cpuTime(pid) {
+/** CPU time of a process in ms, user and system, all threads, and of those of its children that have ended. */
+export function cpuTime(pid) {
   const fields = readFileSync(`/proc/${pid}/stat`, 'utf8').split(') ').at(-1).split(' ')
-  return ((Number(fields[11]) + Number(fields[12])) * 1000) / TICKS_PER_SECOND
+  return (fields.slice(11, 15).reduce((sum, ticks) => sum + Number(ticks), 0) * 1000) / TICKS_PER_SECOND
 }
 
 /**
@@ -17,12 +17,13 @@ function cpuTime(pid) {
  * @param {object} options
  * @param {string} options.marker
  * @param {number} options.timeout in ms
+ * @param {Record<string, string>} [options.marks] texts that show before: when they do becomes `NAMEMs` of the result
  * @param {(pid: number) => object} [options.inspect] looks at the process when the marker has shown, while it is stopped;
  *   what it returns becomes part of the result
- * @returns {Promise<{ wallMs: number, cpuMs: number, report?: unknown }>} `report` is what a program prints as JSON on
+ * @returns {Promise<{ wallMs: number, cpuMs: number, [mark: string]: number, report?: unknown }>} `report` is what a program prints as JSON on
  *   its third descriptor once it is told to end (SIGTERM)
  */
-export function trial(command, args, { marker, timeout, inspect }) {
+export function trial(command, args, { marker, marks = {}, timeout, inspect }) {
   return new Promise((resolve, reject) => {
     const started = performance.now()
     const child = spawn(command, args, { stdio: ['ignore', 'pipe', 'pipe', 'pipe'] })
@@ -30,11 +31,15 @@ export function trial(command, args, { marker, timeout, inspect }) {
     let errors = ''
     let report = ''
     let result
+    const marked = {}
     const timer = setTimeout(() => child.kill('SIGKILL'), timeout)
     child.stdout.setEncoding('latin1').on('data', (chunk) => {
       text += chunk
-      if (result || !text.includes(marker)) return
-      result = { wallMs: performance.now() - started, cpuMs: cpuTime(child.pid) }
+      if (result) return
+      for (const [name, mark] of Object.entries(marks))
+        if (text.includes(mark)) marked[`${name}Ms`] ??= performance.now() - started
+      if (!text.includes(marker)) return
+      result = { ...marked, wallMs: performance.now() - started, cpuMs: cpuTime(child.pid) }
       if (inspect) {
         child.kill('SIGSTOP')
         Object.assign(result, inspect(child.pid))

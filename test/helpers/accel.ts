@@ -1,6 +1,7 @@
 /**
  * What runs the processors of the tests' guests. `npm test` takes the software CPU; `npm run test:kvm` sets
- * `SKEP_TEST_ACCEL=kvm`, and the same tests run under KVM.
+ * `SKEP_TEST_ACCEL=kvm`, and the same tests run under KVM. Which engine the software CPU has is up to `SKEP_ENGINE`, which
+ * every machine and every `skep` looks at whose configuration names none.
  *
  * @module
  */
@@ -15,7 +16,10 @@ export const accel: 'software' | 'kvm' = chosen
 /** For the command. */
 export const accelArgs: readonly string[] = ['--accel', accel]
 
-/** A count that grows while a vCPU runs and only then: KVM counts no instructions, but every exit from the guest. */
+/**
+ * A count that grows only while a vCPU runs: KVM counts no instructions, but every exit from the guest; the JIT counts those
+ * that it leaves to the interpreter.
+ */
 export function progress(vcpu: VcpuStats): number {
   return accel === 'kvm' ? (vcpu.kernel['exits'] ?? 0) : vcpu.instructions
 }

@@ -91,6 +91,15 @@ describe('mistakes', () => {
       [...run, '--accel', 'sofware'],
       'skep: --accel: expected auto, kvm, software, got "sofware" (did you mean software?)\n',
     ],
+    [
+      [...run, '--engine', 'interpeter'],
+      'skep: --engine: expected auto, jit, interpreter, lockstep, got "interpeter" (did you mean interpreter?)\n',
+    ],
+    [
+      [...run, '--accel', 'kvm', '--engine', 'jit'],
+      'skep: --engine: it is about the software CPU, and accel is "kvm"; leave one of them out [ERR_CONFIG_ENGINE]\n',
+    ],
+    [[...run, '-c', '2', '--engine', 'lockstep'], /^skep: --engine: "lockstep" runs one .* \[ERR_CONFIG_ENGINE\]\n$/],
     [[...run, '--serial', 'stdoi'], /^skep: --serial: expected stdio, none or file:PATH, .*did you mean "stdio"\?/],
     [[...run, '--on-reboot', 'stop'], /^skep: --on-reboot: expected exit, restart/],
     [[...run, '--timeout', 'soon'], /^skep: --timeout: expected a time such as 90/],
@@ -314,6 +323,7 @@ describe('completions', () => {
     ['skep image p', ['prepare', 'path']],
     ['skep run --mem', ['--memory']],
     ['skep run --accel ', ['auto', 'kvm', 'software']],
+    ['skep run --engine ', ['auto', 'jit', 'interpreter', 'lockstep']],
     ['skep run --image ', ['debian-cloud']],
     ['skep image remove d', ['debian-cloud']],
     ['skep completion f', ['fish']],

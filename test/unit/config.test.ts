@@ -2,7 +2,7 @@ import { mkdtemp, readFile, rm, writeFile } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import fc from 'fast-check'
-import { describe, expect, test } from 'vitest'
+import { describe, expect, onTestFinished, test, vi } from 'vitest'
 import { cpuFeatures, cpuModels, parseCpu } from '../../ts/src/config/cpu.js'
 import { loadConfig } from '../../ts/src/config/load.js'
 import { configOptions, unsupportedOptions } from '../../ts/src/config/options.js'
@@ -33,6 +33,7 @@ function host(auto: 'software' | 'kvm', kvm: Partial<Diagnosis['kvm']> = {}): Di
     kvm: { present: true, openable: true, paravirtual: false, usable: true, ...kvm },
     guests: [],
     accelerator: { auto, reason: 'x' },
+    engine: { auto: 'jit', reason: 'x' },
     host: { kernel: '6.1', cpus: 1, memoryBytes: 2 ** 30 },
     limits: {},
   }
@@ -102,7 +103,16 @@ describe('what is refused', () => {
     [{ boot, exits: { haltPoll: 1e9 + 1 } }, 'ERR_CONFIG_INVALID', 'exits.haltPoll', /got 1000000001$/],
     [{ boot, exits: { halt: true } }, 'ERR_CONFIG_UNKNOWN', 'exits.halt', /did you mean "hlt"\?$/],
     [{ boot, exits: false }, 'ERR_CONFIG_INVALID', 'exits', /\{ hlt, pause, haltPoll \}, got false$/],
-    [{ boot, accel: 'kvm', engine: 'interpreter' }, 'ERR_CONFIG_INVALID', 'engine', /about the software CPU/],
+    // the engine
+    [{ boot, accel: 'kvm', engine: 'interpreter' }, 'ERR_CONFIG_ENGINE', 'engine', /about the software CPU/],
+    [{ boot, accel: 'kvm', engine: 'lockstep', cpus: 2 }, 'ERR_CONFIG_ENGINE', 'engine', /leave one of them out$/],
+    [{ boot, engine: 'tcg' }, 'ERR_CONFIG_ENGINE', 'engine', /"auto", "jit", .* or "lockstep", got "tcg"$/],
+    [
+      { boot, engine: 'lockstep', cpus: { cores: 2, threads: 2 } },
+      'ERR_CONFIG_ENGINE',
+      'engine',
+      /^engine: "lockstep" runs one processor, and cpus makes 4; give cpus 1, or engine "jit"$/,
+    ],
     // names of options
     [{ boot, memroy: '1G' }, 'ERR_CONFIG_UNKNOWN', 'memroy', /^unknown option "memroy"; did you mean "memory"\?$/],
     [{ boot, zzz: 1 }, 'ERR_CONFIG_UNKNOWN', 'zzz', /^unknown option "zzz"$/],
@@ -188,7 +198,7 @@ describe('what is refused', () => {
     expect(refused).toThrow(HostError)
     expect(refused).toThrow(expect.objectContaining({ code, path: 'accel' }))
     expect(refused).toThrow(`accel: ${error}; accel "software" needs none of it`)
-    expect(resolve({ boot }, { host: without })).toMatchObject({ accel: 'software', engine: 'interpreter' })
+    expect(resolve({ boot }, { host: without })).toMatchObject({ accel: 'software', engine: 'jit' })
   })
 
   test('everything that is wrong is listed, misspelt names first', () => {
@@ -232,7 +242,7 @@ describe('what it resolves into', () => {
       cpu: { model: 'host', features: {} },
       memory: { size: 256 * 2 ** 20, wired: false, hugePages: false },
       accel: 'software',
-      engine: 'interpreter',
+      engine: 'jit',
       exits: { hlt: true, pause: true, haltPoll: null },
       boot: { kind: 'kernel', kernel: '/srv/k', initrd: '/srv/i', cmdline: '', modules: [] },
       devices: {
@@ -295,19 +305,51 @@ describe('what it resolves into', () => {
 
   test('what runs the processors is what the host has', () => {
     const kvm = { accel: 'kvm', engine: null }
-    const software = { accel: 'software', engine: 'interpreter' }
+    const software = { accel: 'software', engine: 'jit' }
     const paravirtual = host('software', { paravirtual: true })
     expect(resolve({ boot }, { host: host('kvm') })).toMatchObject(kvm)
     expect(resolve({ boot, accel: 'auto', engine: 'auto' }, { host: host('kvm') })).toMatchObject(kvm)
     expect(resolve({ boot, accel: 'kvm', engine: null }, { host: host('kvm') })).toMatchObject(kvm)
     expect(resolve({ boot, accel: 'software' }, { host: host('kvm') })).toMatchObject(software)
     // Whoever names an engine of the software CPU wants the software CPU.
-    expect(resolve({ boot, engine: 'interpreter' }, { host: host('kvm') })).toMatchObject(software)
+    for (const engine of ['jit', 'interpreter', 'lockstep'] as const) {
+      expect(resolve({ boot, engine }, { host: host('kvm') })).toMatchObject({ accel: 'software', engine })
+    }
     // A paravirtual KVM is passed over, but taken when it is asked for.
     expect(resolve({ boot }, { host: paravirtual })).toMatchObject(software)
     expect(resolve({ boot, accel: 'kvm' }, { host: paravirtual })).toMatchObject(kvm)
     const spec = resolve({ boot }, { host: host('kvm') })
     expect(resolve(spec, { host: host('kvm') })).toEqual(spec)
+  })
+
+  test('the environment names the engine of machines that name none', () => {
+    const engineOf = (config: Partial<VmConfig>, accel: 'software' | 'kvm' = 'software') =>
+      resolve({ boot, ...config }, { host: host(accel) }).engine
+    onTestFinished(() => {
+      vi.unstubAllEnvs()
+    })
+    for (const name of ['', 'auto', 'jit']) {
+      vi.stubEnv('SKEP_ENGINE', name)
+      expect(engineOf({})).toBe('jit')
+    }
+    vi.stubEnv('SKEP_ENGINE', 'interpreter')
+    for (const engine of [undefined, 'auto', null] as const) expect(engineOf({ engine })).toBe('interpreter')
+    expect(engineOf({ engine: 'jit' })).toBe('jit')
+    // It is no wish for the software CPU.
+    expect(engineOf({}, 'kvm')).toBe(null)
+
+    vi.stubEnv('SKEP_ENGINE', 'lockstep')
+    expect(engineOf({})).toBe('lockstep')
+    const message = 'engine: "lockstep" (from SKEP_ENGINE in the environment) runs one processor, and cpus makes 2'
+    expect(() => engineOf({ cpus: 2 })).toThrow(expect.objectContaining({ code: 'ERR_CONFIG_ENGINE', path: 'engine' }))
+    expect(() => engineOf({ cpus: 2 })).toThrow(message)
+
+    vi.stubEnv('SKEP_ENGINE', 'interpeter')
+    const refused =
+      'the environment variable SKEP_ENGINE: expected auto, jit, interpreter, lockstep or nothing, got "interpeter"; did you mean "interpreter"?'
+    expect(() => engineOf({})).toThrow(expect.objectContaining({ code: 'ERR_CONFIG_ENGINE', message: refused }))
+    expect(engineOf({ engine: 'jit' })).toBe('jit')
+    expect(engineOf({}, 'kvm')).toBe(null)
   })
 
   const serial = fc.oneof(

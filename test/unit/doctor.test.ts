@@ -8,6 +8,7 @@ const base: Diagnosis = {
   kvm: { present: true, openable: true, apiVersion: 12, paravirtual: false, usable: true },
   guests: [],
   accelerator: { auto: 'kvm', reason: 'this CPU offers SVM, and /dev/kvm can be used' },
+  engine: { auto: 'jit', reason: 'it is quick' },
   host: { kernel: '6.18', cpus: 2, memoryBytes: 2 ** 34 },
   limits: { memlockBytes: 8 * 2 ** 20, openFiles: null },
 }
@@ -24,6 +25,7 @@ group('the doctor', () => {
       virtualization: 'AMD-V (nested paging yes)',
       '/dev/kvm': 'present, API version 12, has all that is needed',
       accelerator: 'kvm (auto): this CPU offers SVM, and /dev/kvm can be used | choose with --accel kvm|software',
+      engine: 'jit (auto, with the software CPU): it is quick | choose with --engine jit|interpreter|lockstep',
       limits: 'memlock: 8.0 MiB | open files: none',
     })
   })
@@ -44,9 +46,10 @@ group('the doctor', () => {
   })
 
   test('looks at this host', () => {
-    const { kvm, accelerator, cpu } = diagnose()
+    const { kvm, accelerator, engine, cpu } = diagnose()
     expect(typeof cpu.features['hypervisor']).toBe('boolean')
     expect(accelerator.auto === 'software' || kvm.usable).toBe(true)
+    expect(engine).toMatchObject({ auto: 'jit' })
     expect(accelerator.reason).not.toContain('this version')
     if (kvm.usable) expect(kvm).not.toHaveProperty('error')
     else expect(errorTable).toHaveProperty(kvm.code ?? '')

@@ -215,8 +215,10 @@ describe('the inside', () => {
 
   test('counters and the diagnosis are parsed', async () => {
     const { vm } = await machine()
-    expect((await vm.stats()).vcpus[0]?.instructions).toBe(5)
-    expect(diagnose().accelerator.auto).toBe('software')
+    const { engine, translations, vcpus } = await vm.stats()
+    expect({ engine, blocks: translations.blocks }).toEqual({ engine: 'jit', blocks: 2 })
+    expect(vcpus[0]).toMatchObject({ instructions: 5, translations })
+    expect(diagnose()).toMatchObject({ accelerator: { auto: 'software' }, engine: { auto: 'jit' } })
   })
 })
 

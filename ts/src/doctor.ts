@@ -4,6 +4,8 @@
  * @module
  */
 import type { CpuFeature, CpuModel } from './config/cpu.js'
+import { defaultEngine } from './config/engine.js'
+import type { Engine } from './config/types.js'
 import type { CodeOf } from './errors.js'
 import { crossingSync, native } from './native.js'
 
@@ -52,6 +54,13 @@ export interface Diagnosis {
     /** Why, one sentence. */
     reason: string
   }
+  /** What executes guest instructions where software runs the processors. */
+  engine: {
+    /** What `engine: 'auto'` is here. */
+    auto: Engine
+    /** Why, one sentence. */
+    reason: string
+  }
   /** The host. */
   host: {
     /** Its kernel. */
@@ -69,9 +78,11 @@ export interface Diagnosis {
  * Looks at the host and leaves nothing behind.
  *
  * @throws NativeBindingError if the compiled part is missing.
+ * @throws ConfigError `ERR_CONFIG_ENGINE` if `SKEP_ENGINE` in the environment is no engine.
  */
 export function diagnose(): Diagnosis {
-  return JSON.parse(crossingSync(() => native().probe())) as Diagnosis
+  const probe = JSON.parse(crossingSync(() => native().probe())) as Omit<Diagnosis, 'engine'>
+  return { ...probe, engine: defaultEngine() }
 }
 
 /** The part of {@link diagnose} that the choice of an accelerator needs: quick, as every machine asks it. */

@@ -85,6 +85,11 @@ const table = {
     'The processor is of no known model, or a feature is neither on nor off.',
     'Give a model that the message names; features are true or false.',
   ),
+  ERR_CONFIG_ENGINE: entry(
+    'ConfigError',
+    'The engine of the software CPU does not exist, contradicts accel, or cannot run that many processors.',
+    'Give jit or interpreter, and none with KVM; lockstep takes one processor. The environment variable SKEP_ENGINE counts too.',
+  ),
   ERR_CONFIG_MEMORY: entry(
     'ConfigError',
     'The memory size is not a size, not a multiple of 1 MiB, or out of range, or what backs it is unknown.',
@@ -164,8 +169,8 @@ const table = {
   ),
   ERR_SPEC_ENGINE: entry(
     'ConfigError',
-    'An engine is given with KVM, or none with the software CPU.',
-    'Leave engine out; it follows from accel.',
+    'An engine is given with KVM, none with the software CPU, or lockstep with more than one processor.',
+    'Leave engine out, or give lockstep one processor.',
   ),
   ERR_SPEC_EXITS: entry('ConfigError', 'A halted processor would poll for too long.', 'Give at most 10^9 nanoseconds.'),
   ERR_SPEC_MEMORY: entry(

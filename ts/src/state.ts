@@ -3,6 +3,7 @@
  *
  * @module
  */
+import type { Engine } from './config/types.js'
 import { ArgumentError } from './errors.js'
 import { crossing, type NativeMachine } from './native.js'
 import { type Abortable, abortable } from './signal.js'
@@ -74,7 +75,7 @@ export interface Registers
 export interface VcpuStats {
   /** Number of the processor. */
   vcpu: number
-  /** Instructions retired; 0 where the accelerator cannot count them. */
+  /** Instructions that the interpreter has retired: those that run translated are not counted, nor are any under KVM. */
   instructions: number
   /** Port reads and writes. */
   portIo: number
@@ -88,16 +89,30 @@ export interface VcpuStats {
   halts: number
   /** Time it was halted, in nanoseconds. */
   haltedNs: number
-  /** Blocks of guest code decoded or translated. */
+  /** Blocks of guest code decoded for the interpreter. */
   blocks: number
   /** Misses of the software TLB. */
   tlbMisses: number
+  /** What the software CPU's JIT has translated; all 0 where there is none. */
+  translations: TranslationStats
   /** Instructions that KVM could not execute and the software CPU's interpreter did. */
   emulated: number
   /** Returns from the guest to this process, by reason; empty under the software CPU, where the guest runs inside of it. */
   exits: Record<string, number>
   /** What the host's kernel has counted of this processor, under its own names; empty where it does not. */
   kernel: Record<string, number>
+}
+
+/** What the JIT of the software CPU has translated. */
+export interface TranslationStats {
+  /** Blocks of guest code, counted anew when they are translated anew. */
+  blocks: number
+  /** Guest instructions in them. */
+  instructions: number
+  /** Bytes of host code made of them. */
+  bytes: number
+  /** Times the cache of host code was emptied. */
+  flushes: number
 }
 
 /** What a device has been asked for. */
@@ -112,6 +127,10 @@ export interface DeviceStats {
 
 /** What a machine has done. */
 export interface VmStats {
+  /** The engine of the software CPU; `null` with KVM. */
+  engine: Engine | null
+  /** What has been translated for all processors. */
+  translations: TranslationStats
   /** By processor. */
   vcpus: VcpuStats[]
   /** By device. */

@@ -11,17 +11,19 @@ const HELP: &str = "oracle [--seed N] [--cases N] [--only NAME] [--keep-going N]
   --seed N        which cases (default 1)
   --cases N       how many (default 1000000)
   --only NAME     only instruction codes whose name contains NAME (such as `pshufb` or `VEX_`)
-  --keep-going N  stop after N differences (default 1)";
+  --keep-going N  stop after N differences (default 1)
+  --engine NAME   interpreter (default) or jit";
 
 struct Options {
     seed: u64,
     cases: u64,
     only: Option<String>,
     keep_going: u64,
+    jit: bool,
 }
 
 fn options() -> Result<Options, String> {
-    let mut options = Options { seed: 1, cases: 1_000_000, only: None, keep_going: 1 };
+    let mut options = Options { seed: 1, cases: 1_000_000, only: None, keep_going: 1, jit: false };
     let mut arguments = std::env::args().skip(1);
     while let Some(name) = arguments.next() {
         let value = arguments.next().ok_or_else(|| format!("{name} wants a value"))?;
@@ -31,6 +33,8 @@ fn options() -> Result<Options, String> {
             "--cases" => options.cases = number()?,
             "--keep-going" => options.keep_going = number()?,
             "--only" => options.only = Some(value),
+            "--engine" if value == "jit" => options.jit = true,
+            "--engine" if value == "interpreter" => options.jit = false,
             _ => return Err(format!("{name} is not an option")),
         }
     }
@@ -56,7 +60,7 @@ fn main() -> ExitCode {
 }
 
 fn run(options: &Options) -> Result<u64, skep_cpu::oracle::OracleError> {
-    let mut oracle = Oracle::new()?;
+    let mut oracle = if options.jit { Oracle::translator()? } else { Oracle::new()? };
     let mut generator = Generator::new(options.seed, options.only.as_deref());
     eprintln!("seed {}, {} cases from {} instruction codes", options.seed, options.cases, generator.codes());
     let started = Instant::now();

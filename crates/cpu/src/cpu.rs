@@ -8,6 +8,7 @@ use skep_memory::GuestMemory;
 
 use crate::block::Blocks;
 use crate::fault::Raised;
+use crate::jit::{Hot, Jit};
 use crate::mmu::Tlb;
 use crate::native::{Fpu, Thunks};
 use crate::regs::Regs;
@@ -158,6 +159,8 @@ pub(crate) struct Cpu {
     pub(crate) status: u16,
     /// Derived mode.
     pub(crate) mode: Mode,
+    /// What translated code touches.
+    pub(crate) hot: Hot,
     /// Why the last instruction was abandoned.
     pub(crate) raised: Raised,
     /// Address translations.
@@ -184,6 +187,8 @@ pub(crate) struct Cpu {
     pub(crate) leave: bool,
     /// A debug trap (single step, data breakpoint) waits for the end of the instruction: DR6 bits to set.
     pub(crate) debug_trap: u64,
+    /// The instruction that runs ends in a single-step trap: TF was set before it, or what it does says so.
+    pub(crate) stepping: bool,
     /// What the local APIC said last.
     pub(crate) pending: Pending,
     /// Ask the local APIC again.
@@ -234,6 +239,8 @@ pub(crate) struct Cpu {
     pub(crate) msrs: Msrs,
     /// Decoded code.
     pub(crate) blocks: Blocks,
+    /// Translated code, if the engine is the translator.
+    pub(crate) jit: Option<Box<Jit>>,
     /// The machine, while running.
     pub(crate) io: IoSlot,
     /// Guest memory.
@@ -309,8 +316,9 @@ impl Cpu {
                 long: false,
                 paging: false,
             },
+            hot: Hot::new(),
             raised: Raised::None,
-            tlb: Tlb::new(),
+            tlb: Tlb::new(memory.page_count()),
             segs: [Segment::default(); 6],
             rflags_rest: 2,
             look: true,
@@ -322,6 +330,7 @@ impl Cpu {
             shutdown: false,
             leave: false,
             debug_trap: 0,
+            stepping: false,
             pending: Pending::default(),
             ask_apic: true,
             code_epoch: 0,
@@ -346,6 +355,7 @@ impl Cpu {
             fpu: Box::new(Fpu::new()),
             msrs: Msrs::new(id, &shared),
             blocks: Blocks::new(),
+            jit: None,
             io: IoSlot::empty(),
             memory,
             shared,

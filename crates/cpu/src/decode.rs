@@ -1,12 +1,15 @@
 //! From bytes to operations.
 #![expect(unsafe_code, reason = "copies code out of a host page that the TLB vouches for")]
 
+use std::sync::atomic::Ordering;
+
 use iced_x86::{Decoder, DecoderError, DecoderOptions, FlowControl, Instruction, Mnemonic, OpKind, Register};
 
 use crate::block::{Block, Key, MAX_OPS};
 use crate::cpu::{CodeSize, Cpu, seg};
 use crate::exec;
 use crate::fault::Exec;
+use crate::mmu::Code;
 use crate::native;
 use crate::op::Op;
 use crate::regs::{BLOCK_RIP, ZERO};
@@ -61,18 +64,8 @@ impl Cpu {
             }
 
             let on_first = len.min(PAGE as usize - offset);
-            let watch =
-                |page, offset: usize, len: usize| self.memory.start_watching(page, offset as u64, len as u64);
-            let watched = [watch(first.index, offset, on_first), watch(second.index, 0, len - on_first)];
-            let versions = watched.map(|(_, version)| version);
-            if watched.iter().any(|&(tell, _)| tell) {
-                self.everyone_forgets_writes([first.host, second.host]);
-                for (page, (tell, _)) in [first.index, second.index].into_iter().zip(watched) {
-                    if tell {
-                        self.memory.told(page);
-                    }
-                }
-            }
+            let pieces = [(first, offset, on_first), (second, 0, len - on_first)];
+            let Some(versions) = self.watch_code(pieces) else { continue };
             // From here on a write raises the version; what was read before may be stale already.
             let mut again = [0u8; MAX_OPS * LONGEST + LONGEST];
             copy_code(&first, offset, &mut again[..on_first]);
@@ -89,6 +82,26 @@ impl Cpu {
             let block = Block::new(ops, len as u16, pages);
             return Ok(self.blocks.insert((!straddles).then_some(gpa), key, block));
         }
+    }
+
+    /// Watches pieces of two pages (or of one twice), each from an offset and so long, which makes everyone forget that they
+    /// might be written: the pages' versions. `None`: a write has taken the watch away again.
+    pub(crate) fn watch_code(&mut self, pieces: [(Code, usize, usize); 2]) -> Option<[u32; 2]> {
+        let [first, second] = pieces;
+        // Somebody else's watch on the page holds only once all have forgotten their writes to it.
+        self.shared.watching.fetch_add(1, Ordering::SeqCst);
+        let watch = |(page, offset, len): (Code, usize, usize)| {
+            self.memory.start_watching(page.index, offset as u64, len as u64)
+        };
+        let watched = [watch(first), watch(second)];
+        let fresh = watched.iter().any(|&(fresh, _)| fresh);
+        if fresh || self.shared.watching.load(Ordering::SeqCst) != 1 {
+            self.everyone_forgets_writes([first.0.frame(), second.0.frame()]);
+        }
+        self.shared.watching.fetch_sub(1, Ordering::SeqCst);
+        let versions = watched.map(|(_, version)| version);
+        let now = pieces.map(|(page, ..)| self.memory.version(page.index).load(Ordering::SeqCst));
+        (now == versions).then_some(versions)
     }
 
     /// Decodes whole instructions from `bytes` until a block must end: its length in bytes.
@@ -150,6 +163,12 @@ impl Cpu {
                 Lowered { op, ends: true, by: Room::Undefined }
             }
         }
+    }
+
+    /// The operation of a 64-bit instruction that was decoded with its offset in the page as address, for a run that begins
+    /// with the page.
+    pub(crate) fn operation(&mut self, insn: &Instruction, bytes: &[u8], at: usize) -> Op {
+        self.lower(insn, bytes, CodeSize::Bits64, at).op
     }
 
     /// The bytes from `linear` to the end of its page, 15 at most, and how many there are.
@@ -247,7 +266,7 @@ fn exceeds(bits: u32, bytes: &[u8]) -> bool {
     decoder.last_error() == DecoderError::NoMoreBytes
 }
 
-fn copy_code(page: &crate::mmu::Code, offset: usize, into: &mut [u8]) {
+pub(crate) fn copy_code(page: &crate::mmu::Code, offset: usize, into: &mut [u8]) {
     // SAFETY: the page is mapped for 4096 bytes and callers stay within; other processors may write meanwhile, so the
     // bytes are moved by an instruction that the compiler cannot look into.
     unsafe {

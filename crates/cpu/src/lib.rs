@@ -13,6 +13,7 @@
 //!
 //! The processor's state is [`cpu::Cpu`]; nothing in it is shared but guest memory and [`vm::Shared`].
 
+pub(crate) mod alarm;
 pub(crate) mod alu;
 pub(crate) mod block;
 pub(crate) mod cpu;
@@ -21,6 +22,7 @@ pub(crate) mod decode;
 pub mod drive;
 pub(crate) mod exec;
 pub(crate) mod fault;
+pub(crate) mod jit;
 pub(crate) mod mmu;
 pub(crate) mod native;
 pub(crate) mod op;
@@ -33,4 +35,4 @@ pub(crate) mod system;
 pub(crate) mod vm;
 
 pub use step::Interpreter;
-pub use vm::Software;
+pub use vm::{Engine, Software};

@@ -120,7 +120,7 @@ impl Cpu {
                 if let Some(end) = cpu.service() {
                     break end;
                 }
-                cpu.execute();
+                if cpu.translates() { cpu.execute_translated() } else { cpu.execute() }
             };
             cpu.mailbox.in_guest.store(false, Ordering::SeqCst);
             end
@@ -148,6 +148,9 @@ impl Cpu {
                 self.ask_apic = false;
                 self.pending = self.io().interrupts();
                 self.deadline = self.pending.next_ns;
+                if self.shared.uses_alarm {
+                    self.shared.alarm.set(self.id, self.deadline);
+                }
             }
             if self.pending.startup {
                 self.take_startup();
@@ -261,7 +264,7 @@ impl Cpu {
     /// Runs blocks until something wants to be looked at.
     fn execute(&mut self) {
         let mut poll = self.stats.instructions + POLL_INSTRUCTIONS;
-        while !self.look && self.mailbox.attention.load(Ordering::Relaxed) == 0 {
+        while !self.look && self.mailbox.attention.load(Ordering::Relaxed) == 0 && !self.translates() {
             if self.stats.instructions >= poll {
                 if self.clock_reached() {
                     return;
@@ -296,16 +299,6 @@ impl Cpu {
         match self.mode.code {
             CodeSize::Bits64 => self.rip,
             _ => self.segs[seg::CS].base.wrapping_add(self.rip) & 0xffff_ffff,
-        }
-    }
-
-    /// After any decoded code was overwritten, the jump cache must be filled anew.
-    #[inline(always)]
-    fn notice_changed_code(&mut self) {
-        let epoch = self.memory.epoch();
-        if epoch != self.code_epoch {
-            self.code_epoch = epoch;
-            self.tlb.generation = self.tlb.generation.wrapping_add(1);
         }
     }
 
@@ -421,24 +414,25 @@ impl Cpu {
         }
         self.sti_shadow = false;
         self.mov_ss_shadow = false;
-        let stepping = self.flag(fl::TF);
+        self.stepping = self.flag(fl::TF);
         let resume = self.flag(fl::RF);
         match step(self) {
             Step::Done => {
                 if resume {
                     self.rflags_rest &= !fl::RF;
                 }
-                if stepping {
+                if std::mem::take(&mut self.stepping) {
                     self.debug_trap |= DR6_BS;
                 }
             }
             Step::Raised(e) => self.deliver_exception(e),
             Step::Failed(why) => self.raised = Raised::Failed(why),
         }
+        self.stepping = false;
         self.look = true;
     }
 
-    fn deliver_raised(&mut self, segment: Option<u8>) {
+    pub(crate) fn deliver_raised(&mut self, segment: Option<u8>) {
         match self.settle(segment) {
             Raised::Exception(e) => self.deliver_exception(e),
             Raised::Failed(why) => {
@@ -450,7 +444,7 @@ impl Cpu {
     }
 
     /// Takes what was raised; which exception a non-canonical address is depends on the operand's segment.
-    fn settle(&mut self, segment: Option<u8>) -> Raised {
+    pub(crate) fn settle(&mut self, segment: Option<u8>) -> Raised {
         match std::mem::replace(&mut self.raised, Raised::None) {
             Raised::NonCanonical => {
                 let vector = if segment == Some(seg::SS as u8) { vector::SS } else { vector::GP };

@@ -6,7 +6,8 @@ use std::collections::BTreeMap;
 #[derive(Debug, Clone, Default, PartialEq, Eq, serde::Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct VcpuStats {
-    /// Guest instructions retired, where the back end can count them, else 0.
+    /// Guest instructions retired, where the back end can count them, else 0. The software CPU's JIT counts none of those
+    /// that run translated: with it these are the interpreted ones.
     pub instructions: u64,
     /// Port reads and writes.
     pub port_io: u64,
@@ -20,14 +21,40 @@ pub struct VcpuStats {
     pub halts: u64,
     /// Time spent halted, ns.
     pub halted_ns: u64,
-    /// Blocks decoded or translated.
+    /// Blocks decoded for the interpreter.
     pub blocks: u64,
     /// Soft-TLB misses.
     pub tlb_misses: u64,
+    /// What the software CPU's JIT has translated; all 0 where there is none.
+    pub translations: Translations,
     /// Instructions that the back end could not execute and the software CPU's interpreter did.
     pub emulated: u64,
     /// Returns from the guest to this process, by reason; empty where the guest runs inside of it.
     pub exits: BTreeMap<&'static str, u64>,
     /// What the host's kernel has counted of this vCPU, under its own names; empty where it does not.
     pub kernel: BTreeMap<String, u64>,
+}
+
+/// What a JIT has translated.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize)]
+pub struct Translations {
+    /// Blocks translated, again after a flush included.
+    pub blocks: u64,
+    /// Guest instructions in them.
+    pub instructions: u64,
+    /// Bytes of host code made of them.
+    pub bytes: u64,
+    /// Times the code cache was emptied.
+    pub flushes: u64,
+}
+
+impl std::iter::Sum for Translations {
+    fn sum<I: Iterator<Item = Self>>(all: I) -> Self {
+        all.fold(Self::default(), |sum, one| Self {
+            blocks: sum.blocks.saturating_add(one.blocks),
+            instructions: sum.instructions.saturating_add(one.instructions),
+            bytes: sum.bytes.saturating_add(one.bytes),
+            flushes: sum.flushes.saturating_add(one.flushes),
+        })
+    }
 }

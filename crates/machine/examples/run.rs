@@ -1,7 +1,9 @@
 //! Runs one machine without Node: the serial console on stdin and stdout, bhyve's exit status.
 //!
-//! `run (--kernel FILE [--initrd FILE] [--cmdline TEXT] [--module FILE]... | --rom FILE) [-m MIB] [-c CPUS] [--accel software|kvm] [--debug-exit] [--exit-on-reboot]
-//! [--stats]`
+//! `run (--kernel FILE [--initrd FILE] [--cmdline TEXT] [--module FILE]... | --rom FILE) [-m MIB] [-c CPUS] [--accel software|kvm] [--engine jit|interpreter|lockstep]
+//! [--debug-exit] [--exit-on-reboot] [--stats]`
+//!
+//! The engine is the JIT unless `--engine` or the environment variable `SKEP_ENGINE` says otherwise.
 
 use std::io::{Read, Write};
 use std::process::ExitCode;
@@ -38,10 +40,12 @@ fn spec(mut args: std::env::Args) -> Option<(Value, bool)> {
     let none = json!({ "kind": "none" });
     let (mut boot, mut rom, mut stats) =
         (json!({ "kind": "kernel", "initrd": null, "cmdline": "", "modules": [] }), None, false);
+    let engine = std::env::var("SKEP_ENGINE").ok().filter(|name| !name.is_empty());
+    let mut engine: Value = engine.unwrap_or("jit".into()).into();
     let mut spec = json!({
         "version": 1, "name": "run", "uuid": "00000000-0000-4000-8000-000000000000",
         "cpus": { "sockets": 1, "cores": 1, "threads": 1 }, "memory": { "size": 512 << 20 },
-        "accel": "software", "engine": "interpreter",
+        "accel": "software",
         "devices": { "0:31:0": { "type": "lpc", "com1": { "kind": "console" }, "com2": none, "com3": none, "com4": none } },
         "debugExit": false, "rtc": "utc", "onReboot": "restart",
     });
@@ -54,10 +58,11 @@ fn spec(mut args: std::env::Args) -> Option<(Value, bool)> {
             "--accel" => {
                 let accel = args.next()?;
                 if accel != "software" {
-                    spec["engine"] = Value::Null;
+                    engine = Value::Null;
                 }
                 spec["accel"] = accel.into();
             }
+            "--engine" => engine = args.next()?.into(),
             "--kernel" | "--initrd" | "--cmdline" => boot[&arg[2..]] = args.next()?.into(),
             "--module" => {
                 boot["modules"].as_array_mut()?.push(json!({ "path": args.next()?, "cmdline": "" }))
@@ -68,6 +73,7 @@ fn spec(mut args: std::env::Args) -> Option<(Value, bool)> {
             _ => return None,
         }
     }
+    spec["engine"] = engine;
     spec["boot"] = rom.map_or(boot, |rom| json!({ "kind": "rom", "rom": rom }));
     Some((spec, stats))
 }
@@ -76,7 +82,8 @@ fn main() -> ExitCode {
     let Some((spec, stats)) = spec(std::env::args()) else {
         eprintln!(
             "usage: run (--kernel FILE [--initrd FILE] [--cmdline TEXT] [--module FILE]... | --rom FILE)\n           \
-             [-m MIB] [-c CPUS] [--accel software|kvm] [--debug-exit] [--exit-on-reboot] [--stats]"
+             [-m MIB] [-c CPUS] [--accel software|kvm] [--engine jit|interpreter|lockstep] [--debug-exit]\n           \
+             [--exit-on-reboot] [--stats]"
         );
         return ExitCode::from(4);
     };

@@ -6,7 +6,7 @@ use skep_hv::cpuid::{CpuidTable, PolicyOptions, Provider, policy};
 use skep_kvm::{Kvm, KvmOptions};
 
 use crate::error::Error;
-use crate::spec::{Accel, Engine, MachineSpec};
+use crate::spec::{Accel, MachineSpec};
 
 /// The back end that `spec` asks for.
 ///
@@ -14,7 +14,7 @@ use crate::spec::{Accel, Engine, MachineSpec};
 /// This host does not have it, or does not let this process use it; the text names the remedy.
 pub fn hypervisor(spec: &MachineSpec) -> Result<Box<dyn Hypervisor>, Error> {
     match (spec.accel, spec.engine) {
-        (Accel::Software, Some(Engine::Interpreter)) => Ok(Box::new(Software::new())),
+        (Accel::Software, Some(engine)) => Ok(Box::new(Software::with_engine(engine.into()))),
         // A specification without an engine is not valid for the software CPU.
         (Accel::Software, None) => Err(Error::Internal("there is no engine to run".into())),
         (Accel::Kvm, _) => Ok(Box::new(Kvm::open(KvmOptions::default())?)),

@@ -11,7 +11,7 @@ use serde::Serialize;
 use skep_boot::{BootOptions, BootPaths, MemoryLayout, Payload, Platform};
 use skep_chipset::Device;
 use skep_cpu::Interpreter;
-use skep_hv::{Hypervisor, VcpuStats, VmOptions};
+use skep_hv::{Hypervisor, Translations, VcpuStats, VmOptions};
 use skep_memory::GuestMemory;
 
 use crate::accel;
@@ -24,7 +24,7 @@ use crate::harness::Harness;
 use crate::host::{self, affinity};
 use crate::owner::Owner;
 use crate::serial::{Pump, SerialPorts};
-use crate::spec::{Boot, MachineSpec};
+use crate::spec::{Boot, Engine, MachineSpec};
 use crate::timer::Timer;
 use crate::vcpu::{Report, VcpuThread};
 
@@ -82,6 +82,10 @@ impl Command {
 /// Counters of a machine.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Stats {
+    /// Which engine of the software CPU; none with another accelerator.
+    pub engine: Option<Engine>,
+    /// What all vCPUs' JITs have translated.
+    pub translations: Translations,
     /// By vCPU.
     pub vcpus: Vec<VcpuCount>,
     /// By device.
@@ -241,6 +245,7 @@ impl Machine {
             memory,
             boot,
             on_reboot: spec.on_reboot,
+            engine: spec.engine,
             state: state.clone(),
             sink,
             vm,

@@ -16,7 +16,7 @@ use crate::error::Error;
 use crate::event::{End, Event, EventSink, Reason, ResetCause, State, wall_ms};
 use crate::machine::{Command, Helpers, MAX_TRANSFER, Message, Reply, StateCell, Stats, VcpuCount};
 use crate::registers;
-use crate::spec::OnReboot;
+use crate::spec::{Engine, OnReboot};
 use crate::vcpu::{Order, Report, VcpuThread};
 
 /// A machine from inside. Fields are dropped in this order: vCPUs first, so that nobody uses what follows.
@@ -30,6 +30,7 @@ pub(crate) struct Owner {
     pub(crate) memory: GuestMemory,
     pub(crate) boot: BootOptions,
     pub(crate) on_reboot: OnReboot,
+    pub(crate) engine: Option<Engine>,
     pub(crate) state: StateCell,
     pub(crate) sink: Arc<dyn EventSink>,
     /// Lives as long as its vCPUs.
@@ -275,8 +276,9 @@ impl Owner {
 
     fn stats(&self) -> Result<Stats, Error> {
         let count = |(vcpu, thread)| Ok(VcpuCount { vcpu, counters: self.ask(thread, Order::Stats)? });
-        let vcpus = (0..).zip(&self.vcpus).map(count).collect::<Result<_, Error>>()?;
-        Ok(Stats { vcpus, devices: self.board.bus.stats() })
+        let vcpus = (0..).zip(&self.vcpus).map(count).collect::<Result<Vec<_>, Error>>()?;
+        let translations = vcpus.iter().map(|vcpu| vcpu.counters.translations).sum();
+        Ok(Stats { engine: self.engine, translations, vcpus, devices: self.board.bus.stats() })
     }
 
     fn vcpu(&self, vcpu: u32) -> Result<&VcpuThread, Error> {

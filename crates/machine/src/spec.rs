@@ -167,8 +167,22 @@ pub enum Accel {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Engine {
+    /// The JIT.
+    Jit,
     /// The interpreter.
     Interpreter,
+    /// Both, compared block by block, for diagnosis; one vCPU only.
+    Lockstep,
+}
+
+impl From<Engine> for skep_cpu::Engine {
+    fn from(engine: Engine) -> Self {
+        match engine {
+            Engine::Jit => Self::Jit,
+            Engine::Interpreter => Self::Interpreter,
+            Engine::Lockstep => Self::Lockstep,
+        }
+    }
 }
 
 /// What a waiting guest does to the host's processor, where the accelerator can choose.
@@ -311,7 +325,7 @@ impl MachineSpec {
         }
         cpuid::check_names(&self.cpu.features)?;
         self.validate_pins(count)?;
-        self.validate_engine()?;
+        self.validate_engine(count)?;
         if self.exits.halt_poll.is_some_and(|ns| ns > MAX_HALT_POLL) {
             let message = format!("exits.haltPoll must be at most {MAX_HALT_POLL} ns");
             return Err(Error::spec("ERR_SPEC_EXITS", "exits.haltPoll", message));
@@ -344,10 +358,15 @@ impl MachineSpec {
         Ok(())
     }
 
-    fn validate_engine(&self) -> Result<(), Error> {
+    fn validate_engine(&self, vcpus: u32) -> Result<(), Error> {
         let message = match (self.accel, self.engine) {
+            (Accel::Software, Some(Engine::Lockstep)) if vcpus != 1 => &*format!(
+                "engine \"lockstep\" runs one vCPU, and cpus makes {vcpus}; give cpus 1 or engine \"jit\""
+            ),
             (Accel::Software, Some(_)) | (Accel::Kvm, None) => return Ok(()),
-            (Accel::Software, None) => "engine is missing: the software CPU has the engine \"interpreter\"",
+            (Accel::Software, None) => {
+                "engine is missing: the software CPU has \"jit\", \"interpreter\" and \"lockstep\""
+            }
             (Accel::Kvm, Some(_)) => {
                 "engine is about the software CPU, and accel is \"kvm\"; leave one of them out"
             }
@@ -599,6 +618,24 @@ pub(crate) mod tests {
         {
             assert_eq!(pin(value).0, "ERR_SPEC_JSON");
         }
+    }
+
+    #[test]
+    fn engines_are_known_by_name() {
+        for (name, engine) in
+            [("jit", Engine::Jit), ("interpreter", Engine::Interpreter), ("lockstep", Engine::Lockstep)]
+        {
+            let mut spec = valid();
+            spec["cpus"] = json!({ "sockets": 1, "cores": 1, "threads": 1 });
+            spec["engine"] = name.into();
+            let parsed = MachineSpec::from_json(&spec.to_string()).unwrap();
+            assert_eq!(parsed.engine, Some(engine));
+            assert_eq!(serde_json::to_value(&parsed).unwrap()["engine"], name);
+        }
+        assert_eq!(refused(|spec| spec["engine"] = "auto".into()).0, "ERR_SPEC_JSON");
+        // There are two vCPUs.
+        let lockstep = refused(|spec| spec["engine"] = "lockstep".into());
+        assert_eq!(lockstep, ("ERR_SPEC_ENGINE", Some("engine".into())));
     }
 
     #[test]

@@ -10,7 +10,7 @@ mod pages;
 mod region;
 
 pub use backing::{Backing, GIGANTIC_PAGE, LARGE_PAGE, LockLimit, PageSize, Pool, PoolShortage};
-pub use pages::{HostPage, WATCH_GRANULE};
+pub use pages::{CodeChanges, CodeListener, HostPage, WATCH_GRANULE};
 pub use region::{GuestMemory, PagePair, RegionInfo, RegionKind, RegionSpec};
 
 /// Size of a page in bytes: the unit of the dirty log and of the watch.

@@ -3,7 +3,7 @@
 
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering, fence};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 /// Bytes that one bit of a page's watch mask stands for.
 pub const WATCH_GRANULE: u64 = crate::PAGE_SIZE / 64;
@@ -19,19 +19,33 @@ pub struct HostPage {
     pub writable: bool,
 }
 
+/// Changes of watched code that are remembered.
+const CHANGES: usize = 64;
+
+/// Told after watched code was overwritten ([`crate::GuestMemory::on_code_change`]).
+pub type CodeListener = dyn Fn() + Send + Sync;
+
+/// What has happened to watched code lately ([`crate::GuestMemory::changed_since`]).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CodeChanges {
+    /// [`crate::GuestMemory::epoch`] that this is up to date with.
+    pub epoch: u32,
+    /// The pages whose version has risen, oldest first; `None` if that is not known any more: it may be any.
+    pub pages: Option<Vec<usize>>,
+}
+
 /// Books kept per page of backing store.
 pub(crate) struct Books {
     watch: Box<[AtomicU64]>,
     version: Box<[AtomicU32]>,
     dirty: Box<[AtomicU64]>,
+    /// Changes so far; raised under the lock of `changes`.
     epoch: AtomicU32,
+    /// The page of change number `n` is at `n % CHANGES`.
+    changes: Mutex<[usize; CHANGES]>,
+    listeners: Mutex<Vec<Weak<CodeListener>>>,
     logging: AtomicBool,
-    /// Held while a page's mask and version change together; a page's is the one of its number's lowest bits. In it, pages that
-    /// not everybody knows to be watched, once for each processor that is telling the others.
-    untold: [Mutex<Vec<usize>>; LOCKS],
 }
-
-const LOCKS: usize = 64;
 
 impl Books {
     pub(crate) fn new(pages: usize) -> Self {
@@ -40,9 +54,14 @@ impl Books {
             version: zeroed(pages),
             dirty: zeroed(pages.div_ceil(64)),
             epoch: AtomicU32::new(0),
+            changes: Mutex::new([0; CHANGES]),
+            listeners: Mutex::new(Vec::new()),
             logging: AtomicBool::new(false),
-            untold: [const { Mutex::new(Vec::new()) }; LOCKS],
         }
+    }
+
+    pub(crate) fn pages(&self) -> usize {
+        self.watch.len()
     }
 
     pub(crate) fn watch(&self, page: usize) -> &AtomicU64 {
@@ -88,37 +107,53 @@ impl Books {
         fence(Ordering::SeqCst);
         let watch = &self.watch[page];
         if watch.load(Ordering::SeqCst) & mask(offset, len) != 0 {
-            // Who finds the mask cleared by somebody else relies on the version having been raised.
-            let _together = self.untold(page);
-            self.version[page].fetch_add(1, Ordering::SeqCst);
-            self.epoch.fetch_add(1, Ordering::SeqCst);
-            watch.store(0, Ordering::SeqCst);
+            self.code_changed(page);
         }
     }
 
-    /// Watches bytes of a page: whether there may be somebody who does not know that the page is watched, and the version that a
-    /// later write to these bytes raises.
+    /// Who sees the epoch that this makes also sees the version and the entry that came before it; and who finds the mask
+    /// cleared by somebody else sees all of them.
+    #[cold]
+    fn code_changed(&self, page: usize) {
+        {
+            let mut changes = self.changes.lock().unwrap_or_else(PoisonError::into_inner);
+            self.version[page].fetch_add(1, Ordering::SeqCst);
+            let number = self.epoch.load(Ordering::SeqCst);
+            changes[number as usize % CHANGES] = page;
+            self.epoch.store(number.wrapping_add(1), Ordering::SeqCst);
+            self.watch[page].store(0, Ordering::SeqCst);
+        }
+        let listeners: Vec<Arc<CodeListener>> = {
+            let listeners = self.listeners.lock().unwrap_or_else(PoisonError::into_inner);
+            listeners.iter().filter_map(Weak::upgrade).collect()
+        };
+        for listener in listeners {
+            listener();
+        }
+    }
+
+    /// Watches bytes of a page: whether nothing of it was watched before, and the version that a later write to them raises. No
+    /// mask is cleared between the two.
     pub(crate) fn start_watching(&self, page: usize, offset: u64, len: u64) -> (bool, u32) {
-        let mut untold = self.untold(page);
+        let _changes = self.changes.lock().unwrap_or_else(PoisonError::into_inner);
         let mask = mask(offset, len);
         let before = self.watch[page].fetch_or(mask, Ordering::SeqCst);
-        let tell = mask != 0 && (before == 0 || untold.contains(&page));
-        if tell {
-            untold.push(page);
-        }
-        (tell, self.version[page].load(Ordering::SeqCst))
+        (mask != 0 && before == 0, self.version[page].load(Ordering::SeqCst))
     }
 
-    /// Whoever was to tell has told everybody.
-    pub(crate) fn told(&self, page: usize) {
-        let mut untold = self.untold(page);
-        if let Some(at) = untold.iter().position(|&other| other == page) {
-            untold.swap_remove(at);
-        }
+    pub(crate) fn changed_since(&self, since: u32) -> CodeChanges {
+        let changes = self.changes.lock().unwrap_or_else(PoisonError::into_inner);
+        let epoch = self.epoch.load(Ordering::SeqCst);
+        let count = epoch.wrapping_sub(since);
+        let page = |back: u32| changes[epoch.wrapping_sub(back) as usize % CHANGES];
+        let pages = (count as usize <= CHANGES).then(|| (1..=count).rev().map(page).collect());
+        CodeChanges { epoch, pages }
     }
 
-    fn untold(&self, page: usize) -> MutexGuard<'_, Vec<usize>> {
-        self.untold[page % LOCKS].lock().unwrap_or_else(PoisonError::into_inner)
+    pub(crate) fn listen(&self, listener: Weak<CodeListener>) {
+        let mut listeners = self.listeners.lock().unwrap_or_else(PoisonError::into_inner);
+        listeners.retain(|l| l.strong_count() > 0);
+        listeners.push(listener);
     }
 }
 
@@ -207,19 +242,13 @@ mod tests {
     use super::mask;
 
     #[test]
-    fn until_everybody_has_been_told_each_watcher_is_to_tell() {
+    fn a_watch_comes_with_the_version_that_a_write_raises() {
         let books = super::Books::new(2);
         assert_eq!(books.start_watching(1, 0, 64), (true, 0));
-        // The first has not told anybody yet: the second may not rely on it.
-        assert_eq!(books.start_watching(1, 64, 64), (true, 0));
+        assert_eq!(books.start_watching(1, 64, 64), (false, 0));
         assert_eq!(books.start_watching(0, 0, 0), (false, 0));
-        books.told(1);
-        assert_eq!(books.start_watching(1, 128, 64), (true, 0));
-        books.told(1);
-        books.told(1);
-        assert_eq!(books.start_watching(1, 192, 64), (false, 0));
         books.written(1, 0, 1);
-        assert_eq!(books.start_watching(1, 0, 64), (true, 1));
+        assert_eq!(books.start_watching(1, 64, 64), (true, 1));
     }
 
     #[test]

@@ -5,12 +5,12 @@ use std::fs::File;
 use std::marker::PhantomData;
 use std::ops::Range;
 use std::ptr::NonNull;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64};
+use std::sync::{Arc, Weak};
 
 use crate::backing::{Backing, GIGANTIC_PAGE, LARGE_PAGE, PageSize};
 use crate::map::{Mapping, Pair};
-use crate::pages::{self, Books, HostPage};
+use crate::pages::{self, Books, CodeChanges, CodeListener, HostPage};
 use crate::{MemoryError, PAGE_SIZE};
 
 /// What a region is.
@@ -282,22 +282,21 @@ impl GuestMemory {
         self.0.books.written(page, offset, len as u64);
     }
 
+    /// How many pages the books have: [`HostPage::index`] is less.
+    pub fn page_count(&self) -> usize {
+        self.0.books.pages()
+    }
+
     /// The watch mask of a page (by [`HostPage::index`]): one bit per [`crate::WATCH_GRANULE`] bytes that hold decoded
     /// code. A write to a watched granule clears the mask and raises [`GuestMemory::version`].
     pub fn watch(&self, page: usize) -> &AtomicU64 {
         self.0.books.watch(page)
     }
 
-    /// Watches `len` bytes at `offset` of a page. The page's version, which a write to these bytes from now on raises before
-    /// the mask is cleared, comes with whether somebody may still write without looking at the mask: then it is for the
-    /// caller to make everybody look, itself included, and to say so by [`GuestMemory::told`].
+    /// Watches `len` bytes at `offset` of a page: whether nothing of the page was watched before, and its version, which a
+    /// write to these bytes from now on raises before the mask is cleared.
     pub fn start_watching(&self, page: usize, offset: u64, len: u64) -> (bool, u32) {
         self.0.books.start_watching(page, offset, len)
-    }
-
-    /// Everybody who writes to the page looks at its mask, since a [`GuestMemory::start_watching`] that asked for it.
-    pub fn told(&self, page: usize) {
-        self.0.books.told(page);
     }
 
     /// Counts how often watched code on a page was overwritten.
@@ -309,6 +308,18 @@ impl GuestMemory {
     #[inline(always)]
     pub fn epoch(&self) -> u32 {
         self.0.books.epoch()
+    }
+
+    /// Which pages' versions have risen since [`GuestMemory::epoch`] was `since`. Who keeps the epoch that comes with the
+    /// answer misses nothing.
+    pub fn changed_since(&self, since: u32) -> CodeChanges {
+        self.0.books.changed_since(since)
+    }
+
+    /// Has `listener` called whenever watched code was overwritten, by the thread that did it, after the epoch has changed.
+    /// It must be quick and must not wait for that thread. Memory does not keep it alive.
+    pub fn on_code_change(&self, listener: Weak<CodeListener>) {
+        self.0.books.listen(listener);
     }
 
     /// Watch bits for `len` bytes at `offset` within a page (ranges that leave the page count to its end).
@@ -530,6 +541,85 @@ mod tests {
         assert_eq!(m.version(page).load(Ordering::SeqCst), 1);
         assert_eq!(m.watch(page).load(Ordering::SeqCst), 0);
         assert_eq!(m.epoch(), 1);
+    }
+
+    #[test]
+    fn changes_of_watched_code_are_told_and_remembered() {
+        let m = memory();
+        let calls = Arc::new(AtomicU32::new(0));
+        let listener: Arc<CodeListener> = {
+            let (calls, m) = (calls.clone(), m.clone());
+            // Called after the change can be seen.
+            Arc::new(move || assert!(calls.fetch_add(1, Ordering::SeqCst) < m.epoch()))
+        };
+        m.on_code_change(Arc::downgrade(&listener));
+        let change = |gpa: u64| {
+            let page = m.page(gpa).unwrap().index;
+            m.watch(page).store(1, Ordering::SeqCst);
+            m.write_u8(gpa, 1).unwrap();
+            page
+        };
+        let at = |epoch, pages: &[usize]| CodeChanges { epoch, pages: Some(pages.to_vec()) };
+        assert_eq!(m.changed_since(0), at(0, &[]));
+        let (a, b) = (change(0x1000), change(0x10_0000));
+        m.write_u8(0x1000, 2).unwrap();
+        assert_eq!(m.changed_since(0), at(2, &[a, b]));
+        assert_eq!(m.changed_since(1), at(2, &[b]));
+        assert_eq!(m.changed_since(2), at(2, &[]));
+        assert_eq!(calls.load(Ordering::SeqCst), 2);
+        drop(listener);
+        for _ in 0..63 {
+            change(0x2000);
+        }
+        let CodeChanges { epoch: 65, pages: Some(pages) } = m.changed_since(1) else { panic!() };
+        assert_eq!((pages.len(), pages[0]), (64, b));
+        assert_eq!(m.changed_since(0), CodeChanges { epoch: 65, pages: None });
+        assert_eq!(calls.load(Ordering::SeqCst), 2, "nobody listens any more");
+    }
+
+    #[test]
+    fn a_reader_misses_no_change_of_several_writers() {
+        let m = memory();
+        let over = std::sync::atomic::AtomicBool::new(false);
+        let pages = [0, 0x1000, 0x2000, 0x10_0000].map(|gpa| m.page(gpa).unwrap().index);
+        let mut seen = vec![0; m.page_count()];
+        std::thread::scope(|s| {
+            let writers = [0u64, 0x1000, 0x2000, 0x10_0000].map(|gpa| {
+                let m = &m;
+                s.spawn(move || {
+                    let page = m.page(gpa).unwrap().index;
+                    for _ in 0..5000 {
+                        m.watch(page).store(1, Ordering::SeqCst);
+                        m.write_u8(gpa, 1).unwrap();
+                    }
+                })
+            });
+            let (m, over, seen) = (&m, &over, &mut seen);
+            let reader = s.spawn(move || {
+                let mut epoch = 0;
+                loop {
+                    let last = over.load(Ordering::SeqCst);
+                    let changes = m.changed_since(epoch);
+                    match changes.pages {
+                        Some(changed) => {
+                            assert_eq!(changed.len() as u32, changes.epoch - epoch);
+                            for page in changed {
+                                seen[page] = m.version(page).load(Ordering::SeqCst);
+                            }
+                        }
+                        None => pages.iter().for_each(|&p| seen[p] = m.version(p).load(Ordering::SeqCst)),
+                    }
+                    epoch = changes.epoch;
+                    if last {
+                        break epoch;
+                    }
+                }
+            });
+            writers.into_iter().for_each(|w| w.join().unwrap());
+            over.store(true, Ordering::SeqCst);
+            assert_eq!(reader.join().unwrap(), 20_000);
+        });
+        assert!(pages.iter().all(|&page| seen[page] == 5000));
     }
 
     #[test]

@@ -2,6 +2,7 @@
 import { resolve } from 'node:path'
 import { checkSlot, parseCpus, parseLpc, parseMemory, parsePin, parseSerial } from '../bhyve/args.js'
 import { cpuModels, parseCpu } from '../config/cpu.js'
+import { engines } from '../config/engine.js'
 import { UsageError } from './context.js'
 import { parseDuration, parseNanoseconds } from './duration.js'
 
@@ -237,6 +238,16 @@ export const runOptions: readonly RunOption[] = [
     path: 'accel',
     apply: (value, draft) => {
       draft['accel'] = value
+    },
+  },
+  {
+    flags: '--engine <which>',
+    about: 'engine of the software CPU; lockstep, for diagnosis, compares the others (default: auto)',
+    group: 'Machine:',
+    choices: ['auto', ...engines],
+    path: 'engine',
+    apply: (value, draft) => {
+      draft['engine'] = value
     },
   },
   {

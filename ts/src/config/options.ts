@@ -78,7 +78,10 @@ export const configOptions: ReadonlyMap<string, ConfigOption> = new Map(
       about: "Larger pages of the host's: transparent ones, or 2 MiB or 1 GiB from its pool. Default false.",
     },
     accel: { expects: '"auto", "software" or "kvm"', about: 'What runs the processors. Default auto.' },
-    engine: { expects: '"auto" or "interpreter"', about: 'The engine of the software CPU. Default auto.' },
+    engine: {
+      expects: '"auto", "jit", "interpreter" or "lockstep"',
+      about: 'The engine of the software CPU. Default auto: the JIT, unless SKEP_ENGINE says otherwise.',
+    },
     exits: { expects: '{ hlt, pause, haltPoll }', about: 'What leaves the guest.' },
     'exits.hlt': {
       expects: 'true or false',

@@ -5,6 +5,7 @@ import { type Diagnosis, diagnoseAccelerator } from '../doctor.js'
 import { ConfigError, HostError } from '../errors.js'
 import { comPorts, layOut } from '../pci/layout.js'
 import { lpcSlot } from '../pci/slot.js'
+import { engineFor, isEngine } from './engine.js'
 import { parseSize } from './size.js'
 import type { MachineSpec, VmConfig } from './types.js'
 import { validate } from './validate.js'
@@ -36,15 +37,16 @@ export function resolve(config: VmConfig, options: ResolveOptions = {}): Machine
   const file = (path: string): string => resolvePath(options.base ?? process.cwd(), path)
   const name = valid.name ?? 'vm'
   const accel = accelerator(valid, options.host)
+  const cpus = topology(valid.cpus ?? 1)
   const spec: MachineSpec = {
     version: 1,
     name,
     uuid: valid.uuid?.toLowerCase() ?? uuidOf(name),
-    cpus: topology(valid.cpus ?? 1),
+    cpus,
     cpu: processor(valid.cpu ?? 'host'),
     memory: memory(valid.memory ?? {}),
     accel,
-    engine: accel === 'software' ? 'interpreter' : null,
+    engine: accel === 'software' ? engineFor(valid.engine, cpus) : null,
     exits: {
       hlt: valid.exits?.hlt ?? true,
       pause: valid.exits?.pause ?? true,
@@ -93,12 +95,11 @@ function memory(config: NonNullable<VmConfig['memory']>): MachineSpec['memory'] 
 
 /** What runs the processors on this host, or on the one that is given. */
 function accelerator({ accel, engine }: VmConfig, host: ResolveOptions['host']): MachineSpec['accel'] {
-  const engineGiven = engine !== undefined && engine !== null && engine !== 'auto'
-  if (accel === 'kvm' && engineGiven) {
+  if (accel === 'kvm' && isEngine(engine)) {
     const message = 'engine: it is about the software CPU, and accel is "kvm"; leave one of them out'
-    throw new ConfigError('ERR_CONFIG_INVALID', message, { path: 'engine' })
+    throw new ConfigError('ERR_CONFIG_ENGINE', message, { path: 'engine' })
   }
-  if (accel === 'software' || engineGiven) return 'software'
+  if (accel === 'software' || isEngine(engine)) return 'software'
   const { accelerator, kvm } = host ?? diagnoseAccelerator()
   if (accel !== 'kvm') return accelerator.auto
   if (kvm.usable) return 'kvm'

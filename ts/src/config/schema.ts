@@ -118,7 +118,7 @@ const schema = z.strictObject({
   cpu: z.union([model, cpu]).optional(),
   memory: z.union([size, memory]).optional(),
   accel: z.enum(['auto', 'software', 'kvm']).optional(),
-  engine: z.enum(['auto', 'interpreter']).nullable().optional(),
+  engine: z.enum(['auto', 'jit', 'interpreter', 'lockstep']).nullable().optional(),
   exits: exits.optional(),
   boot: z.union([kernelBoot, romBoot]),
   devices: z.strictObject({ '0:31:0': lpc.optional() }).optional(),

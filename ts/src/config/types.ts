@@ -42,10 +42,10 @@ export interface VmConfig {
    */
   accel?: Accelerator | undefined
   /**
-   * The engine of the software CPU. Default `'auto'`, which in this version is `'interpreter'`. Naming one makes `accel`
-   * `'auto'` the software CPU; `null` is none, with KVM.
+   * The engine of the software CPU. Default `'auto'`: what `SKEP_ENGINE` in the environment says, else `'jit'`. Naming one
+   * makes `accel` `'auto'` the software CPU; `null` is none, with KVM.
    */
-  engine?: 'auto' | 'interpreter' | null | undefined
+  engine?: Engine | 'auto' | null | undefined
   /** What leaves the guest, and so what a guest that waits does to the host's processors. */
   exits?: ExitsConfig | undefined
   /** What is booted. */
@@ -65,6 +65,12 @@ export interface VmConfig {
 
 /** Ways of running processors. */
 export type Accelerator = 'auto' | 'software' | 'kvm'
+
+/**
+ * Engines of the software CPU: the JIT (with the interpreter for what is not worth a translation), the interpreter alone,
+ * and, for diagnosis, both, compared block by block; the last runs one processor only, and slowly.
+ */
+export type Engine = 'jit' | 'interpreter' | 'lockstep'
 
 /** Processors: the product of sockets, cores and threads is their number, 1 to 64. */
 export interface CpuTopology {
@@ -212,7 +218,7 @@ export interface MachineSpec {
   /** What runs the processors. */
   accel: 'software' | 'kvm'
   /** The engine of the software CPU; `null` with KVM. */
-  engine: 'interpreter' | null
+  engine: Engine | null
   /** What leaves the guest; times in nanoseconds. */
   exits: { hlt: boolean; pause: boolean; haltPoll: number | null }
   /** What is booted; paths are absolute. */

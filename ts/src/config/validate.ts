@@ -150,6 +150,7 @@ function issueAt(keys: readonly Key[], value: unknown): ConfigIssue {
 
 function codeFor(path: string): ConfigIssue['code'] {
   if (path === 'version') return 'ERR_CONFIG_VERSION'
+  if (path === 'engine') return 'ERR_CONFIG_ENGINE'
   if (/^cpus\b/.test(path)) return 'ERR_CONFIG_CPUS'
   if (/^cpu\b/.test(path)) return 'ERR_CONFIG_CPU'
   if (/^memory\b/.test(path)) return 'ERR_CONFIG_MEMORY'

@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
 use skep_memory::{GuestMemory, HostPage};
 
 use super::tlb::Code;
-use super::{Access, Context, Translation};
+use super::{Access, Context, Found, Translation};
 use crate::cpu::{Cpu, cr4};
 use crate::fault::{Abort, Exec, Raised};
 use crate::regs::Word;
@@ -230,7 +230,7 @@ impl Cpu {
             self.raised = Raised::Failed("instruction fetch from an address that is not memory");
             return Err(Abort);
         };
-        Ok(self.tlb.fill_code(linear, user, found.gpa, page.host, page.index))
+        Ok(self.tlb.fill_code(linear, user, (found.gpa, found.shift), page))
     }
 
     /// Whether an address is canonical for the paging mode in use.
@@ -267,6 +267,9 @@ impl Cpu {
             self.raised = Raised::NonCanonical;
             return Err(Abort);
         }
+        if let Some(found) = self.tlb.global(context, linear, access == Access::Write) {
+            return Ok(Place::Memory { page: found.page, gpa: found.gpa | linear % PAGE });
+        }
         self.stats.tlb_misses += 1;
         let (user, smap) = match context {
             Context::User => (true, false),
@@ -274,7 +277,7 @@ impl Cpu {
             Context::Kernel => (false, true),
             Context::Slow => (self.mode.cpl == 3, self.smap_active()),
         };
-        let Translation { gpa, writable, shift } = self.walk(linear, access, user, smap)?;
+        let Translation { gpa, writable, shift, global } = self.walk(linear, access, user, smap)?;
         let Some(page) = self.memory.page(gpa) else {
             return Ok(Place::Io(gpa | linear % PAGE));
         };
@@ -289,7 +292,7 @@ impl Cpu {
         let watched = self.memory.watch(page.index).load(Ordering::SeqCst) != 0
             || self.blocks.runs_on(page.index) && self.blocks.running_stale();
         let free = writable && page.writable && !watched && (!logged || access == Access::Write);
-        self.tlb.fill(context, linear, page.host, free, shift);
+        self.tlb.fill(context, linear, Found { gpa, page, free, shift }, global);
         Ok(Place::Memory { page, gpa: gpa | linear % PAGE })
     }
 

@@ -2,11 +2,16 @@
 //! the I/O path behind it.
 
 mod access;
+mod books;
+mod global;
+#[cfg(test)]
+mod tests;
 mod tlb;
 mod walk;
 
 pub(crate) use access::MemWord;
-pub(crate) use tlb::{Code, Context, Tlb};
+pub(crate) use global::Found;
+pub(crate) use tlb::{Code, Context, Frame, Tlb, TlbLayout};
 
 /// What an access wants.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -29,4 +34,6 @@ pub(crate) struct Translation {
     pub(crate) writable: bool,
     /// log2 of the size of the page that maps it: 12, 21, 22 or 30.
     pub(crate) shift: u8,
+    /// The page is the same in every address space.
+    pub(crate) global: bool,
 }

@@ -1,32 +1,44 @@
-//! The soft TLB: direct-mapped, one array for each way of looking at memory, tagged with an address-space number.
+//! The soft TLB: direct-mapped, one set of arrays for each address space, in it one for each way of looking at memory.
 #![expect(unsafe_code, reason = "host addresses of guest pages are raw pointers, indices are masked")]
 
 use std::ptr::NonNull;
+use std::sync::OnceLock;
 
-/// Entries per array.
-const ENTRIES: usize = 4096;
+use skep_memory::HostPage;
+
+use super::books::{LargePages, Log, PageFilter, Writable, WriteHints};
+use super::global::{Found, Globals};
+
+/// Entries per array: a power of two.
+pub(crate) const ENTRIES: usize = 4096;
 const PAGE: u64 = 4096;
-/// An entry that matches nothing: no address-space number is all ones.
-const INVALID: u64 = u64::MAX;
-/// Address-space numbers before a real flush is needed; all ones stays free.
-const ASIDS: u64 = 0xffe;
+/// An entry that matches nothing: pages have zero in their low 12 bits.
+pub(crate) const INVALID: u64 = u64::MAX;
+/// Address spaces that are remembered at once.
+const SPACES: usize = 8;
+/// Instruction pages remembered per address space: a power of two.
+const CODE_ENTRIES: usize = 2048;
 
-/// One cached translation. A tag is the page's linear address with the address-space number in its low 12 bits.
-#[derive(Clone, Copy)]
+const _: () = assert!(ENTRIES.is_power_of_two() && ENTRIES < 1 << 16 && CODE_ENTRIES.is_power_of_two());
+
+/// One cached translation. A tag is the page's linear address.
+#[derive(Debug, Clone, Copy)]
 #[repr(C, align(32))]
-struct Entry {
-    read: u64,
-    write: u64,
+pub(crate) struct Entry {
+    /// Tag of a page that may be read.
+    pub(crate) read: u64,
+    /// Tag of a page that may be written.
+    pub(crate) write: u64,
     /// Host address minus linear address.
-    delta: u64,
-    /// Bit 0: the mapping page is larger than 4 KiB.
-    large: u64,
+    pub(crate) delta: u64,
+    /// log2 of the size of the page that maps it if that is more than 4 KiB, else 0.
+    pub(crate) flags: u64,
 }
 
-const EMPTY: Entry = Entry { read: INVALID, write: INVALID, delta: 0, large: 0 };
+const EMPTY: Entry = Entry { read: INVALID, write: INVALID, delta: 0, flags: 0 };
 
 /// Which array is looked at: privilege and what SMAP makes of it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[repr(usize)]
 pub(crate) enum Context {
     /// CPL 3.
@@ -39,10 +51,20 @@ pub(crate) enum Context {
     Slow = 3,
 }
 
+/// A page of guest memory: its first byte in this process, and its number in the books.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Frame {
+    pub(crate) host: u64,
+    pub(crate) index: usize,
+}
+
 /// A cached instruction page.
-#[derive(Clone, Copy)]
+#[derive(Debug, Clone, Copy)]
 pub(crate) struct Code {
-    tag: u64,
+    linear: u64,
+    /// [`Space::life`] in which it was cached.
+    life: u64,
+    shift: u8,
     /// Guest physical address of the page.
     pub(crate) gpa: u64,
     /// Its first byte in this process.
@@ -51,80 +73,234 @@ pub(crate) struct Code {
     pub(crate) index: usize,
 }
 
-const CODE_ENTRIES: usize = 512;
-
-/// All translations of one vCPU.
-pub(crate) struct Tlb {
-    /// Array in use.
-    current: NonNull<Entry>,
-    /// Address-space number in use.
-    asid: u64,
-    context: Context,
-    arrays: Box<[[Entry; ENTRIES]; 4]>,
-    code: Box<[Option<Code>; CODE_ENTRIES]>,
-    /// PCID to address-space number, for those that may still have entries.
-    pcids: Vec<(u16, u64)>,
-    next_asid: u64,
-    /// 2 MiB regions (hashed) that may have entries from large pages.
-    large: [u64; 16],
-    /// Counts everything that may invalidate a linear-to-physical translation.
-    pub(crate) generation: u32,
+impl Code {
+    /// The page of guest memory.
+    pub(crate) fn frame(&self) -> Frame {
+        Frame { host: self.host.as_ptr() as u64, index: self.index }
+    }
 }
 
-// SAFETY: `current` points into `arrays`, which this value owns; `Code::host` points into guest memory, which the
-// processor that owns this value keeps alive.
-unsafe impl Send for Tlb {}
+/// The array of one way of looking at one address space.
+struct Array {
+    /// `ENTRIES` of them, owned.
+    at: NonNull<Entry>,
+    log: Log,
+}
 
-impl Tlb {
-    pub(crate) fn new() -> Self {
-        let mut arrays = alloc_arrays();
-        let current = NonNull::from(&mut arrays[Context::Kernel as usize]).cast();
+impl Array {
+    fn new() -> Self {
+        let entries = Box::leak(vec![EMPTY; ENTRIES].into_boxed_slice());
+        Self { at: NonNull::from(entries).cast(), log: Log::new() }
+    }
+
+    fn get(&self, at: usize) -> Entry {
+        // SAFETY: the index is masked to the array's length.
+        unsafe { self.at.add(at & (ENTRIES - 1)).read() }
+    }
+
+    fn set(&mut self, at: usize, entry: Entry) {
+        // SAFETY: as above, and we are exclusive.
+        unsafe { self.at.add(at & (ENTRIES - 1)).write(entry) }
+    }
+
+    fn fill(&mut self, at: usize, entry: Entry) {
+        if self.get(at).read == INVALID {
+            self.log.note(at);
+        }
+        self.set(at, entry);
+    }
+
+    fn clear(&mut self) {
+        let log = std::mem::replace(&mut self.log, Log::new());
+        for at in log.indices() {
+            self.set(at, EMPTY);
+        }
+        self.log = log;
+        self.log.clear();
+    }
+
+    /// Replaces every filled entry by what `f` makes of it.
+    fn change(&mut self, f: impl Fn(Entry) -> Entry) {
+        let log = std::mem::replace(&mut self.log, Log::new());
+        for at in log.indices() {
+            self.set(at, f(self.get(at)));
+        }
+        self.log = log;
+    }
+
+    fn forget_write(&mut self, at: usize, frame: Frame) {
+        self.set(at, self.get(at).without_write_to(frame));
+    }
+}
+
+impl Drop for Array {
+    fn drop(&mut self) {
+        // SAFETY: this is the slice that `new` leaked.
+        drop(unsafe { Box::from_raw(NonNull::slice_from_raw_parts(self.at, ENTRIES).as_ptr()) });
+    }
+}
+
+impl Entry {
+    fn without_write(self) -> Self {
+        Self { write: INVALID, ..self }
+    }
+
+    fn without_write_to(self, frame: Frame) -> Self {
+        let same = self.write != INVALID && self.delta.wrapping_add(self.write) == frame.host;
+        if same { self.without_write() } else { self }
+    }
+
+    /// Drops what comes from a large page that `linear` is part of.
+    fn without_large(self, linear: u64) -> Self {
+        let around = self.flags != 0 && (self.read ^ linear) >> self.flags == 0;
+        if around { EMPTY } else { self }
+    }
+}
+
+/// What is cached for one address space.
+struct Space {
+    pcid: Option<u16>,
+    /// For [`Context::User`], `KernelAll` and `Kernel`; made when first filled.
+    arrays: [Option<Array>; 3],
+    /// Instruction pages of this and earlier lives; empty until the first.
+    code: Vec<Option<Code>>,
+    /// Changes when everything is forgotten.
+    life: u64,
+    /// See [`Tlb::stamp`]; zero if a new one is due.
+    stamp: u64,
+    /// Every instruction page that was asked for since the stamp is what it is.
+    seen: PageFilter,
+    /// When it was switched to.
+    used: u64,
+}
+
+impl Space {
+    fn new() -> Self {
         Self {
-            current,
-            asid: 0,
-            context: Context::Kernel,
-            arrays,
-            code: Box::new([None; CODE_ENTRIES]),
-            pcids: vec![(0, 0)],
-            next_asid: 1,
-            large: [0; 16],
-            generation: 0,
+            pcid: None,
+            arrays: [None, None, None],
+            code: Vec::new(),
+            life: 0,
+            stamp: 0,
+            seen: PageFilter::new(),
+            used: 0,
         }
     }
 
+    fn clear(&mut self, life: u64) {
+        self.arrays.iter_mut().flatten().for_each(Array::clear);
+        self.life = life;
+        self.stamp = 0;
+    }
+
+    fn flush_page(&mut self, linear: u64, large: bool, large_code: bool) {
+        let page = page_of(linear);
+        for array in self.arrays.iter_mut().flatten() {
+            if array.get(index(linear)).read == page {
+                array.set(index(linear), EMPTY);
+            }
+            if large {
+                array.change(|entry| entry.without_large(linear));
+            }
+        }
+        if self.seen.may_hold(linear) {
+            self.stamp = 0;
+        }
+        if self.code.is_empty() {
+            return;
+        }
+        for user in [false, true] {
+            let code = &mut self.code[code_slot(linear, user)];
+            if code.is_some_and(|c| c.linear == page) {
+                *code = None;
+            }
+        }
+        if large_code {
+            for code in &mut self.code {
+                let life = self.life;
+                let around = |c: Code| c.life == life && c.shift > 12 && (c.linear ^ linear) >> c.shift == 0;
+                if code.is_some_and(around) {
+                    *code = None;
+                }
+            }
+            // Other parts of the page may have been evicted while the jump cache still knows them.
+            self.stamp = 0;
+        }
+    }
+}
+
+/// All translations of one vCPU.
+#[repr(C)]
+pub(crate) struct Tlb {
+    /// Array in use. Generated code looks here.
+    pub(crate) current: NonNull<Entry>,
+    stamp: u64,
+    context: Context,
+    /// Index of the address space in use.
+    space: usize,
+    spaces: Vec<Space>,
+    globals: Globals,
+    hints: WriteHints,
+    /// Large pages in `spaces` and `globals`.
+    large: LargePages,
+    /// Large pages in the spaces' code.
+    large_code: LargePages,
+    /// Numbers stamps, lives and switches; never repeats.
+    counter: u64,
+}
+
+// SAFETY: `current` points into an array of `spaces`, which this value owns, or to `nothing()`, which is never written;
+// `HostPage::host` and `Code::host` point into guest memory, which the processor that owns this value keeps alive.
+unsafe impl Send for Tlb {}
+
+impl Tlb {
+    /// For a processor whose guest memory has this many pages in its books.
+    pub(crate) fn new(pages: usize) -> Self {
+        let mut tlb = Self {
+            current: nothing(),
+            stamp: 0,
+            context: Context::Kernel,
+            space: 0,
+            spaces: (0..SPACES).map(|_| Space::new()).collect(),
+            globals: Globals::new(),
+            hints: WriteHints::new(pages),
+            large: LargePages::none(),
+            large_code: LargePages::none(),
+            counter: 0,
+        };
+        tlb.flush_all();
+        tlb
+    }
+
     /// Chooses the array.
+    #[inline]
     pub(crate) fn select(&mut self, context: Context) {
         self.context = context;
-        self.current = NonNull::from(&mut self.arrays[context as usize]).cast();
+        self.point();
     }
 
     pub(crate) fn context(&self) -> Context {
         self.context
     }
 
-    /// A number that differs whenever a cached linear-to-physical translation might: for the jump cache.
+    /// A number that is another one whenever an instruction page that was asked for ([`Tlb::code`]) under it may lie
+    /// elsewhere, and in every address space: for the jump cache. It never repeats.
     #[inline(always)]
     pub(crate) fn stamp(&self) -> u64 {
-        u64::from(self.generation) << 16 | self.asid
-    }
-
-    #[inline(always)]
-    fn tag(&self, linear: u64) -> u64 {
-        (linear & !(PAGE - 1)) | self.asid
+        self.stamp
     }
 
     #[inline(always)]
     fn entry(&self, linear: u64) -> &Entry {
-        let at = (linear / PAGE) as usize & (ENTRIES - 1);
-        // SAFETY: the index is masked to the array's length, and `current` points to an array of ours.
-        unsafe { &*self.current.as_ptr().add(at) }
+        // SAFETY: the index is masked to the array's length, and `current` points to an array that lives.
+        unsafe { &*self.current.as_ptr().add(index(linear)) }
     }
 
     /// Host address for reading `size` bytes, if cached and within one page.
     #[inline(always)]
     pub(crate) fn read(&self, linear: u64, size: u64) -> Option<*mut u8> {
         let entry = self.entry(linear);
-        (entry.read == self.tag(linear.wrapping_add(size - 1)))
+        (entry.read == page_of(linear.wrapping_add(size - 1)))
             .then(|| entry.delta.wrapping_add(linear) as *mut u8)
     }
 
@@ -132,156 +308,248 @@ impl Tlb {
     #[inline(always)]
     pub(crate) fn write(&self, linear: u64, size: u64) -> Option<*mut u8> {
         let entry = self.entry(linear);
-        (entry.write == self.tag(linear.wrapping_add(size - 1)))
+        (entry.write == page_of(linear.wrapping_add(size - 1)))
             .then(|| entry.delta.wrapping_add(linear) as *mut u8)
     }
 
     /// As [`Tlb::read`] and [`Tlb::write`], looking at another array.
     pub(crate) fn look(&self, context: Context, linear: u64, size: u64, write: bool) -> Option<*mut u8> {
-        let entry = &self.arrays[context as usize][(linear / PAGE) as usize & (ENTRIES - 1)];
+        let entry = self.spaces[self.space].arrays.get(context as usize)?.as_ref()?.get(index(linear));
         let found = if write { entry.write } else { entry.read };
-        (found == self.tag(linear.wrapping_add(size - 1)))
-            .then(|| entry.delta.wrapping_add(linear) as *mut u8)
+        (found == page_of(linear.wrapping_add(size - 1))).then(|| entry.delta.wrapping_add(linear) as *mut u8)
     }
 
-    /// Remembers a data translation.
-    pub(crate) fn fill(
-        &mut self,
-        context: Context,
-        linear: u64,
-        host: NonNull<u8>,
-        writable: bool,
-        shift: u8,
-    ) {
+    /// Remembers a data translation; one that is `global`, for every address space.
+    pub(crate) fn fill(&mut self, context: Context, linear: u64, found: Found, global: bool) {
         if context == Context::Slow {
             return;
         }
-        let tag = self.tag(linear);
-        if shift > 12 {
-            let bit = large_bit(linear);
-            self.large[bit / 64] |= 1 << (bit % 64);
+        let Found { page, free, shift, .. } = found;
+        self.large.note(linear, shift);
+        if free {
+            self.hints.note(page.index, index(linear));
         }
-        let page = linear & !(PAGE - 1);
-        self.arrays[context as usize][(linear / PAGE) as usize & (ENTRIES - 1)] = Entry {
+        if global {
+            self.globals.put(context, linear, found);
+        }
+        let tag = page_of(linear);
+        let entry = Entry {
             read: tag,
-            write: if writable { tag } else { INVALID },
-            delta: (host.as_ptr() as u64).wrapping_sub(page),
-            large: u64::from(shift > 12),
+            write: if free { tag } else { INVALID },
+            delta: (page.host.as_ptr() as u64).wrapping_sub(tag),
+            flags: if shift > 12 { u64::from(shift) } else { 0 },
         };
+        let array = &mut self.spaces[self.space].arrays[context as usize];
+        let made = array.is_none();
+        array.get_or_insert_with(Array::new).fill(index(linear), entry);
+        if made {
+            self.point();
+        }
+    }
+
+    /// A global translation that lets a supervisor read (or `write`) without a walk; it is [filled](Tlb::fill) by this.
+    pub(crate) fn global(&mut self, context: Context, linear: u64, write: bool) -> Option<Found> {
+        let found = self.globals.get(context, linear, write)?;
+        self.fill(context, linear, found, false);
+        Some(found)
     }
 
     /// A cached instruction page. `user` is CPL 3.
-    pub(crate) fn code(&self, linear: u64, user: bool) -> Option<Code> {
-        let tag = self.tag(linear);
-        self.code[code_slot(linear, user)].filter(|c| c.tag == tag)
+    pub(crate) fn code(&mut self, linear: u64, user: bool) -> Option<Code> {
+        let space = &mut self.spaces[self.space];
+        let code = (*space.code.get(code_slot(linear, user))?)?;
+        (code.linear == page_of(linear) && code.life == space.life).then(|| {
+            space.seen.insert(linear);
+            code
+        })
     }
 
-    /// Remembers an instruction page.
+    /// Remembers an instruction page, which a page of `1 << shift` bytes maps.
     pub(crate) fn fill_code(
         &mut self,
         linear: u64,
         user: bool,
-        gpa: u64,
-        host: NonNull<u8>,
-        index: usize,
+        (gpa, shift): (u64, u8),
+        page: HostPage,
     ) -> Code {
-        let code = Code { tag: self.tag(linear), gpa, host, index };
-        self.code[code_slot(linear, user)] = Some(code);
+        self.large_code.note(linear, shift);
+        let space = &mut self.spaces[self.space];
+        if space.code.is_empty() {
+            space.code.resize(CODE_ENTRIES, None);
+        }
+        let (host, index) = (page.host, page.index);
+        let code = Code { linear: page_of(linear), life: space.life, shift, gpa, host, index };
+        space.code[code_slot(linear, user)] = Some(code);
+        space.seen.insert(linear);
         code
     }
 
     /// Forgets everything.
     pub(crate) fn flush_all(&mut self) {
-        self.pcids.clear();
-        self.new_asid(0);
+        self.flush_spaces();
+        self.globals.clear();
+        self.large = LargePages::none();
     }
 
-    /// Forgets one PCID's translations; if it is the current one, the caller must [`Tlb::switch`] to it anew.
+    /// Forgets everything but global translations; the address space in use is then that of PCID 0.
+    pub(crate) fn flush_spaces(&mut self) {
+        for space in 0..self.spaces.len() {
+            self.clear_space(space);
+            self.spaces[space].pcid = None;
+        }
+        self.large_code = LargePages::none();
+        self.spaces[0].pcid = Some(0);
+        self.use_space(0);
+    }
+
+    /// Forgets one PCID's translations.
     pub(crate) fn flush_pcid(&mut self, pcid: u16) {
-        self.pcids.retain(|p| p.0 != pcid);
-        self.generation = self.generation.wrapping_add(1);
+        if let Some(space) = self.find(pcid) {
+            self.clear_space(space);
+            self.restamp();
+        }
     }
 
     /// Switches to the address space `pcid`, keeping what is cached for it if `keep`.
     pub(crate) fn switch(&mut self, pcid: u16, keep: bool) {
-        match self.pcids.iter().find(|p| p.0 == pcid) {
-            Some(&(_, asid)) if keep => self.asid = asid,
-            _ => {
-                self.flush_pcid(pcid);
-                self.new_asid(pcid);
+        let space = match self.find(pcid) {
+            Some(space) => {
+                if !keep {
+                    self.clear_space(space);
+                }
+                space
             }
-        }
-    }
-
-    fn new_asid(&mut self, pcid: u16) {
-        self.generation = self.generation.wrapping_add(1);
-        if self.next_asid >= ASIDS {
-            self.arrays.as_flattened_mut().fill(EMPTY);
-            self.code.fill(None);
-            self.pcids.clear();
-            self.large = [0; 16];
-            self.next_asid = 0;
-        }
-        self.asid = self.next_asid;
-        self.next_asid += 1;
-        self.pcids.push((pcid, self.asid));
-        // Few address spaces are alive at once; the oldest loses its entries.
-        if self.pcids.len() > 64 {
-            self.pcids.remove(0);
-        }
+            None => {
+                let oldest = (0..self.spaces.len()).min_by_key(|&at| {
+                    let space = &self.spaces[at];
+                    (space.pcid.is_some(), space.used)
+                });
+                let space = oldest.unwrap_or_default();
+                self.clear_space(space);
+                self.spaces[space].pcid = Some(pcid);
+                space
+            }
+        };
+        self.use_space(space);
     }
 
     /// Forgets one page in every address space (INVLPG; a large page goes whole).
     pub(crate) fn flush_page(&mut self, linear: u64) {
-        self.generation = self.generation.wrapping_add(1);
-        let bit = large_bit(linear);
-        if self.large[bit / 64] & 1 << (bit % 64) != 0 {
-            // Any page around may come from the same large page, up to 1 GiB of it.
-            for entry in self.arrays.as_flattened_mut() {
-                if entry.large != 0 && (entry.read ^ linear) >> 30 == 0 {
-                    *entry = EMPTY;
-                }
-            }
-            self.code.fill(None);
+        let large = self.large.may_hold(linear);
+        let large_code = self.large_code.may_hold(linear);
+        for space in &mut self.spaces {
+            space.flush_page(linear, large, large_code);
         }
-        for array in self.arrays.iter_mut() {
-            array[(linear / PAGE) as usize & (ENTRIES - 1)] = EMPTY;
+        self.globals.drop_page(linear, large);
+        self.restamp();
+    }
+
+    /// Decoded code has changed somewhere: what the jump cache knows must be found anew.
+    pub(crate) fn code_changed(&mut self) {
+        for space in &mut self.spaces {
+            space.stamp = 0;
         }
-        for user in [false, true] {
-            self.code[code_slot(linear, user)] = None;
-        }
+        self.restamp();
     }
 
     /// Makes every write take the slow path once more: somebody watches a page, or the dirty log was taken.
     pub(crate) fn forget_writes(&mut self) {
-        for entry in self.arrays.as_flattened_mut() {
-            entry.write = INVALID;
+        for array in self.spaces.iter_mut().flat_map(|s| s.arrays.iter_mut().flatten()) {
+            array.change(Entry::without_write);
         }
+        self.globals.forget_writes();
     }
 
     /// As [`Tlb::forget_writes`], for one page of guest memory.
-    pub(crate) fn forget_writes_to(&mut self, host: NonNull<u8>) {
-        let host = host.as_ptr() as u64;
-        for entry in self.arrays.as_flattened_mut() {
-            if entry.write != INVALID && entry.delta.wrapping_add(entry.write & !(PAGE - 1)) == host {
-                entry.write = INVALID;
+    pub(crate) fn forget_writes_to(&mut self, frame: Frame) {
+        let only = match self.hints.take(frame.index) {
+            Writable::Nowhere => return,
+            Writable::At(at) => Some(at),
+            Writable::Anywhere => None,
+        };
+        for array in self.spaces.iter_mut().flat_map(|s| s.arrays.iter_mut().flatten()) {
+            match only {
+                Some(at) => array.forget_write(at, frame),
+                None => array.change(|entry| entry.without_write_to(frame)),
             }
         }
+        self.globals.forget_writes_to(frame, only);
+    }
+
+    fn find(&self, pcid: u16) -> Option<usize> {
+        self.spaces.iter().position(|s| s.pcid == Some(pcid))
+    }
+
+    fn next(&mut self) -> u64 {
+        self.counter += 1;
+        self.counter
+    }
+
+    fn clear_space(&mut self, space: usize) {
+        let life = self.next();
+        self.spaces[space].clear(life);
+    }
+
+    fn use_space(&mut self, space: usize) {
+        self.space = space;
+        self.spaces[space].used = self.next();
+        self.restamp();
+        self.point();
+    }
+
+    /// Gives the address space in use a new stamp if one is due.
+    fn restamp(&mut self) {
+        let new = self.counter + 1;
+        let space = &mut self.spaces[self.space];
+        if space.stamp == 0 {
+            self.counter = new;
+            space.stamp = new;
+            space.seen.clear();
+        }
+        self.stamp = space.stamp;
+    }
+
+    /// Brings `current` up to date.
+    fn point(&mut self) {
+        let array = self.spaces[self.space].arrays.get(self.context as usize).and_then(Option::as_ref);
+        self.current = array.map_or_else(nothing, |array| array.at);
     }
 }
 
-fn large_bit(linear: u64) -> usize {
-    (linear >> 30) as usize & 1023
+/// An array for whatever was never filled: shared by all, never written.
+fn nothing() -> NonNull<Entry> {
+    static NOTHING: OnceLock<Box<[Entry]>> = OnceLock::new();
+    NonNull::from(&**NOTHING.get_or_init(|| vec![EMPTY; ENTRIES].into_boxed_slice())).cast()
+}
+
+/// Linear address of the page that `linear` lies in.
+#[inline(always)]
+pub(super) fn page_of(linear: u64) -> u64 {
+    linear & !(PAGE - 1)
+}
+
+/// Where a page is looked for.
+#[inline(always)]
+pub(super) fn index(linear: u64) -> usize {
+    (linear / PAGE) as usize & (ENTRIES - 1)
 }
 
 fn code_slot(linear: u64, user: bool) -> usize {
     ((linear / PAGE) as usize ^ usize::from(user) << 8) & (CODE_ENTRIES - 1)
 }
 
-fn alloc_arrays() -> Box<[[Entry; ENTRIES]; 4]> {
-    let flat: Box<[[Entry; ENTRIES]]> = vec![[EMPTY; ENTRIES]; 4].into_boxed_slice();
-    match flat.try_into() {
-        Ok(arrays) => arrays,
-        Err(_) => unreachable!("four arrays were made"),
-    }
+/// Where translated code finds translations.
+pub(crate) struct TlbLayout;
+
+impl TlbLayout {
+    /// The array in use, from the start of [`Tlb`].
+    pub(crate) const CURRENT: usize = std::mem::offset_of!(Tlb, current);
+    /// log2 of the size of an entry.
+    pub(crate) const SHIFT: u8 = size_of::<Entry>().trailing_zeros() as u8;
+    /// Byte offsets of entries, as a mask.
+    pub(crate) const MASK: i32 = ((ENTRIES - 1) * size_of::<Entry>()) as i32;
+    /// Offsets in an entry: tag of pages that may be read, tag of pages that may be written, what to add.
+    pub(crate) const READ: i32 = std::mem::offset_of!(Entry, read) as i32;
+    pub(crate) const WRITE: i32 = std::mem::offset_of!(Entry, write) as i32;
+    pub(crate) const DELTA: i32 = std::mem::offset_of!(Entry, delta) as i32;
 }

@@ -13,6 +13,7 @@ const USER: u64 = 1 << 2;
 const ACCESSED: u64 = 1 << 5;
 const DIRTY: u64 = 1 << 6;
 const LARGE: u64 = 1 << 7;
+const GLOBAL: u64 = 1 << 8;
 const NO_EXECUTE: u64 = 1 << 63;
 /// Physical address of a page or table in a 64-bit entry.
 const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
@@ -60,7 +61,7 @@ impl Cpu {
     /// forbids a supervisor's data access to user pages. Sets accessed and dirty flags if the access is allowed.
     pub(crate) fn walk(&mut self, linear: u64, access: Access, user: bool, smap: bool) -> Exec<Translation> {
         if self.cr0 & cr0::PG == 0 {
-            return Ok(Translation { gpa: linear & ADDRESS, writable: true, shift: 12 });
+            return Ok(Translation { gpa: linear & ADDRESS, writable: true, shift: 12, global: false });
         }
         loop {
             match self.walk_once(linear, access, user, smap) {
@@ -157,6 +158,7 @@ impl Cpu {
             gpa: base | linear & within & !0xfff,
             writable: may(Access::Write) && key_lets(Access::Write) && (leaf | marks) & DIRTY != 0,
             shift: size_shift as u8,
+            global: leaf & GLOBAL != 0 && self.cr4 & cr4::PGE != 0,
         })
     }
 

@@ -45,6 +45,21 @@ pub(crate) struct Frame {
     pub(super) host_mxcsr: u32,
 }
 
+/// Where translated code finds the vector registers, from the start of [`Fpu`].
+pub(crate) struct FrameLayout;
+
+impl FrameLayout {
+    /// 64 bytes for each register.
+    pub(crate) const VECTOR: i32 =
+        (std::mem::offset_of!(Fpu, frame) + std::mem::offset_of!(Frame, vector)) as i32;
+    /// MXCSR.
+    pub(crate) const MXCSR: i32 =
+        (std::mem::offset_of!(Fpu, frame) + std::mem::offset_of!(Frame, mxcsr)) as i32;
+    /// What MXCSR is outside of guest code.
+    pub(crate) const HOST_MXCSR: i32 =
+        (std::mem::offset_of!(Fpu, frame) + std::mem::offset_of!(Frame, host_mxcsr)) as i32;
+}
+
 /// The floating-point and vector state of one processor.
 pub(crate) struct Fpu {
     pub(super) frame: Frame,
@@ -100,6 +115,12 @@ impl Fpu {
         self.init_sse(16);
         self.init_avx(16);
         self.frame.mxcsr = MXCSR_INIT;
+    }
+
+    /// Whether no SIMD floating-point exception is unmasked.
+    #[inline(always)]
+    pub(crate) fn masked(&self) -> bool {
+        self.frame.mxcsr & 0x1f80 == 0x1f80
     }
 
     /// x87 component in its initial configuration (SDM vol. 1 §13.6).

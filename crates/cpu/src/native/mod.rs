@@ -24,8 +24,9 @@ mod xsave;
 use iced_x86::Instruction;
 use skep_hv::cpuid::CpuidTable;
 
-pub(crate) use fpu::{Fpu, component};
+pub(crate) use fpu::{Fpu, FrameLayout, component};
 pub(crate) use gate::{runs_here, runs_natively};
+pub(crate) use plain::direct;
 pub(crate) use thunk::Thunks;
 
 use crate::cpu::CodeSize;

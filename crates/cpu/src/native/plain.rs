@@ -422,3 +422,60 @@ fn store<const UNIT: u8>(cpu: &mut Cpu, op: &Op) -> Exec {
 pub(super) fn vector_number(register: Register) -> Option<u8> {
     register.is_vector_register().then(|| (register.number() & 31) as u8)
 }
+
+/// What a translator must know to let an instruction run as it is, but for its operands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Direct {
+    /// Works on vector registers.
+    pub(crate) vector: bool,
+    /// AVX: the upper halves must be enabled.
+    pub(crate) avx: bool,
+    /// Depends on MXCSR, or raises exceptions there.
+    pub(crate) arithmetic: bool,
+    /// The memory operand must be aligned to its size.
+    pub(crate) aligned: bool,
+}
+
+/// Whether the host's own units may execute `insn` on the guest's registers in place. `None`: only by its handler.
+pub(crate) fn direct(insn: &Instruction, cpuid: &CpuidTable) -> Option<Direct> {
+    use Mnemonic as M;
+    let zeroes = matches!(insn.mnemonic(), M::Vzeroupper | M::Vzeroall);
+    if !gate::offered(insn, cpuid) || insn.is_save_restore_instruction() || insn.memory_size().size() > 64 {
+        return None;
+    }
+    let elsewhere = matches!(
+        insn.mnemonic(),
+        M::Ldmxcsr
+            | M::Vldmxcsr
+            | M::Stmxcsr
+            | M::Vstmxcsr
+            | M::Maskmovq
+            | M::Maskmovdqu
+            | M::Vmaskmovdqu
+            | M::Vmaskmovps
+            | M::Vmaskmovpd
+            | M::Vpmaskmovd
+            | M::Vpmaskmovq
+            | M::Clflush
+            | M::Clflushopt
+            | M::Clwb
+            | M::Cldemote
+            | M::Vcvtps2ph
+    ) || insn.is_vsib()
+        || insn.cpuid_features().iter().any(|f| matches!(f, CpuidFeature::XSAVE | CpuidFeature::FXSR));
+    if elsewhere {
+        return None;
+    }
+    let unit = unit(insn);
+    let (vector, avx) = match unit {
+        Unit::General | Unit::GeneralVex => (false, false),
+        Unit::Sse => (true, false),
+        Unit::Avx => (true, true),
+        Unit::X87 | Unit::Mmx | Unit::MmxSse => return None,
+    };
+    if !zeroes && unit == Unit::Avx && insn.op_count() == 0 {
+        return None;
+    }
+    memory_access(insn)?;
+    Some(Direct { vector, avx, arithmetic: uses_mxcsr(insn.mnemonic()), aligned: must_be_aligned(insn) })
+}

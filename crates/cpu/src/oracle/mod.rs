@@ -67,15 +67,24 @@ const EMPTY: Outcome = Outcome {
 };
 
 impl Oracle {
-    /// Starts both sides.
+    /// Starts both sides, on the interpreter.
     pub fn new() -> Result<Self, OracleError> {
+        Self::with(Subject::new()?)
+    }
+
+    /// Starts both sides, on the translator.
+    pub fn translator() -> Result<Self, OracleError> {
+        Self::with(Subject::translator()?)
+    }
+
+    fn with(subject: Subject) -> Result<Self, OracleError> {
         let mut hardware = Hardware::new()?;
         // The first case meets the child in a state of its own making.
         hardware.post(&[nop()]);
         if hardware.collect().is_err() {
             return Err(OracleError::Hardware(io::Error::other("the child process died")));
         }
-        Ok(Self { hardware, subject: Subject::new()?, outcomes: vec![EMPTY; BATCH] })
+        Ok(Self { hardware, subject, outcomes: vec![EMPTY; BATCH] })
     }
 
     /// Runs cases on both sides (at most [`BATCH`]); those that differ, not minimized.

@@ -35,6 +35,7 @@ const STACK_SELECTOR: u16 = 0x2b;
 /// The interpreter under test.
 pub struct Subject {
     cpu: Box<Cpu>,
+    translates: bool,
     pattern: Vec<u64>,
     window: Vec<u64>,
 }
@@ -48,6 +49,9 @@ pub enum SubjectError {
     /// The processor.
     #[error("processor: {0}")]
     Processor(#[from] skep_hv::HvError),
+    /// The translator.
+    #[error("executable memory: {0}")]
+    Translator(#[from] std::io::Error),
     /// It stopped without an exception.
     #[error("the interpreter stopped: {0}")]
     Stopped(String),
@@ -59,6 +63,16 @@ pub(super) fn cpuid() -> CpuidTable {
 }
 
 impl Subject {
+    /// The translator: each instruction a block of its own.
+    pub fn translator() -> Result<Self, SubjectError> {
+        let mut subject = Self::new()?;
+        let mut jit = crate::jit::Jit::new()?;
+        jit.set_alone(1);
+        subject.cpu.jit = Some(Box::new(jit));
+        subject.translates = true;
+        Ok(subject)
+    }
+
     /// Sets it up.
     pub fn new() -> Result<Self, SubjectError> {
         let ram = RegionSpec { start: 0, size: MEMORY, kind: RegionKind::Ram };
@@ -70,7 +84,7 @@ impl Subject {
         map_pages(&cpu.memory)?;
         user_mode(&mut cpu);
         let pattern = pattern();
-        let subject = Self { cpu, window: vec![0; pattern.len()], pattern };
+        let subject = Self { cpu, translates: false, window: vec![0; pattern.len()], pattern };
         subject.restore_window()?;
         subject.cpu.memory.write(CODE_AT, &[BREAKPOINT; PAGE as usize])?;
         Ok(subject)
@@ -100,7 +114,7 @@ impl Subject {
         // A string instruction may pause, to be interruptible, with RIP where it was.
         let mut paused = false;
         outcome.event = loop {
-            match self.cpu.step() {
+            match self.step() {
                 Step::Done if self.cpu.rip == case.state.rip && !case.steps => paused = true,
                 Step::Done => break Event::NONE,
                 Step::Raised(e) => {
@@ -121,6 +135,19 @@ impl Subject {
         let code_len = LONGEST.min(PAGE.saturating_sub(offset) as usize);
         self.cpu.memory.write(CODE_AT + offset, &[BREAKPOINT; LONGEST][..code_len])?;
         self.look_at_window(outcome)
+    }
+
+    /// One instruction, on the engine under test where it can be.
+    fn step(&mut self) -> Step {
+        if self.translates && self.cpu.run_one_block() {
+            return match std::mem::replace(&mut self.cpu.raised, crate::fault::Raised::None) {
+                crate::fault::Raised::None => Step::Done,
+                crate::fault::Raised::Exception(e) => Step::Raised(e),
+                crate::fault::Raised::Failed(why) => Step::Failed(why),
+                _ => Step::Failed("an instruction was abandoned without a reason"),
+            };
+        }
+        self.cpu.step()
     }
 
     /// Gives exceptions and interrupts handlers in level 0, for comparisons of whole steps.

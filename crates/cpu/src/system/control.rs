@@ -271,11 +271,15 @@ fn invpcid<T: MemWord>(cpu: &mut Cpu, op: &Op) -> Exec {
         return Err(cpu.gp(0));
     }
     match kind {
-        0 => cpu.tlb.flush_page(address),
-        1 if pcid as u16 == cpu.pcid() => cpu.tlb.switch(pcid as u16, false),
+        0 if cpu.mode.long => cpu.tlb.flush_page(address),
+        0 => cpu.tlb.flush_page(address & 0xffff_ffff),
         1 => cpu.tlb.flush_pcid(pcid as u16),
-        // With and without global translations: keeping those is only ever an optimisation.
-        _ => cpu.flush_tlb(),
+        2 => cpu.flush_tlb(),
+        _ => {
+            let pcid = cpu.pcid();
+            cpu.tlb.flush_spaces();
+            cpu.tlb.switch(pcid, false);
+        }
     }
     Ok(())
 }

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use skep_cpu::{Interpreter, Software};
+use skep_cpu::{Engine, Interpreter, Software};
 use skep_hv::cpuid::{Model, PolicyOptions, Provider, policy};
 use skep_hv::state::{CpuState, DescriptorTable, General, Segment, StateGroups};
 use skep_hv::{Hypervisor, IoFlow, Pending, RunEnd, Startup, Vcpu, VcpuIo, Vm, VmOptions};
@@ -121,9 +121,13 @@ pub(crate) fn kvm(code: &[u8], options: KvmOptions) -> Vec<Bed> {
     vec![bed("kvm", &Kvm::open(options).unwrap(), Provider::Hardware, code)]
 }
 
-/// The code on the software CPU, and on KVM if that is to be tested.
+/// The code on the engines of the software CPU, and on KVM if that is to be tested.
 pub(crate) fn back_ends(code: &[u8]) -> Vec<Bed> {
-    let mut beds = vec![bed("software", &Software::new(), Provider::Software, code)];
+    let software = [("jit", Engine::Jit), ("interpreter", Engine::Interpreter)];
+    let mut beds: Vec<Bed> = software
+        .into_iter()
+        .map(|(name, engine)| bed(name, &Software::with_engine(engine), Provider::Software, code))
+        .collect();
     beds.extend(kvm(code, KvmOptions::default()));
     beds
 }

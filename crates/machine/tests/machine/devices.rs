@@ -146,14 +146,12 @@ fn guest(name: &str) -> PathBuf {
     folder.join(name)
 }
 
-fn run(accel: &str) {
+fn run(accel: &str, engine: Option<&str>) {
     let rom = scratch("rom");
     let spec = spec(1, &rom, |spec| {
         let kernel = guest("devices.elf");
         spec["accel"] = accel.into();
-        if accel == "kvm" {
-            spec["engine"] = serde_json::Value::Null;
-        }
+        spec["engine"] = engine.into();
         spec["memory"]["size"] = (16 << 20).into();
         spec["boot"] = serde_json::json!({
             "kind": "kernel", "kernel": kernel, "initrd": null, "cmdline": "", "modules": []
@@ -179,17 +177,25 @@ fn run(accel: &str) {
         }
     };
     assert_eq!(end.status, 33, "{output}");
+    let stats = serde_json::to_value(machine.call(Command::Stats).unwrap()).unwrap();
+    assert_eq!(stats["engine"], serde_json::json!(engine));
+    assert_eq!(stats["translations"], stats["vcpus"][0]["translations"], "there is one vCPU");
     let _ = std::fs::remove_file(rom);
 }
 
 #[test]
-fn doorbells_messages_and_lines_on_the_software_cpu() {
-    run("software");
+fn doorbells_messages_and_lines_on_the_jit() {
+    run("software", Some("jit"));
+}
+
+#[test]
+fn doorbells_messages_and_lines_on_the_interpreter() {
+    run("software", Some("interpreter"));
 }
 
 #[test]
 fn doorbells_messages_and_lines_on_kvm() {
     if std::env::var_os("SKEP_TEST_KVM").is_some() {
-        run("kvm");
+        run("kvm", None);
     }
 }

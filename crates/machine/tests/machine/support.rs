@@ -298,7 +298,7 @@ pub(crate) fn spec(vcpus: usize, rom: &PathBuf, change: impl FnOnce(&mut Value))
     let mut spec = json!({
         "version": 1, "name": "test", "uuid": "00000000-0000-4000-8000-000000000000",
         "cpus": { "sockets": 1, "cores": vcpus, "threads": 1 }, "memory": { "size": 2 << 20 },
-        "accel": "software", "engine": "interpreter", "boot": { "kind": "rom", "rom": rom },
+        "accel": "software", "engine": "jit", "boot": { "kind": "rom", "rom": rom },
         "devices": { "0:31:0": { "type": "lpc", "com1": { "kind": "console" }, "com2": none, "com3": none, "com4": none } },
         "debugExit": true, "rtc": "utc", "onReboot": "restart",
     });

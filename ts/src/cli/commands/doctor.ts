@@ -1,4 +1,5 @@
 /** `skep doctor`: what this host offers. */
+import { engines } from '../../config/engine.js'
 import { type Diagnosis, diagnose } from '../../doctor.js'
 import { type Context, colors, print, status } from '../context.js'
 
@@ -21,7 +22,7 @@ export async function doctor(options: { json?: boolean }, context: Context): Pro
 }
 
 /** Keys, and lines for each. */
-export function describe({ host, cpu, kvm, guests, accelerator, limits }: Diagnosis): [string, ...string[]][] {
+export function describe({ host, cpu, kvm, guests, accelerator, engine, limits }: Diagnosis): [string, ...string[]][] {
   const memory = `${(host.memoryBytes / 2 ** 30).toFixed(1)} GiB`
   const cpus = `${host.cpus} CPU${host.cpus === 1 ? '' : 's'}`
   return [
@@ -30,6 +31,11 @@ export function describe({ host, cpu, kvm, guests, accelerator, limits }: Diagno
     ['virtualization', virtualization(cpu.features)],
     ['/dev/kvm', ...kvmLines(kvm)],
     ['accelerator', `${accelerator.auto} (auto): ${accelerator.reason}`, 'choose with --accel kvm|software'],
+    [
+      'engine',
+      `${engine.auto} (auto, with the software CPU): ${engine.reason}`,
+      `choose with --engine ${engines.join('|')}`,
+    ],
     ['guest CPUs', ...guests.map(guestLine), 'choose with --cpu MODEL,+feature,-feature; --json lists the features'],
     ...(Object.keys(limits).length > 0 ? [['limits', ...limitLines(limits)] as [string, ...string[]]] : []),
   ]

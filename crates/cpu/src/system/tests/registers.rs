@@ -116,6 +116,50 @@ fn invpcid_in_all_its_types() {
 }
 
 #[test]
+fn global_translations_outlive_cr3_and_nothing_else() {
+    let mut cpu = long(0);
+    let (cr0, with_pge) = (cpu.cr0, cpu.cr4 | cr4::PGE);
+    assert_eq!(mov_cr(&mut cpu, 4, with_pge), Step::Done);
+    // The entry that maps 0xa000, alone or as part of a large page.
+    let (mut entry, mut level) = (cpu.cr3, 4);
+    loop {
+        let at = (entry & !0xfff) + (0xa000 >> (12 + 9 * (level - 1)) & 511) * 8;
+        entry = cpu.memory.read_u64(at).unwrap();
+        if level == 1 || entry & 1 << 7 != 0 {
+            cpu.memory.write_u64(at, entry | 1 << 8).unwrap();
+            break;
+        }
+        level -= 1;
+    }
+    let invlpg = [0x0f, 0x01, 0x3c, 0x25, 0, 0xa0, 0, 0];
+    let invpcid = [0x66, 0x0f, 0x38, 0x82, 0x04, 0x25, 0, 0xb0, 0, 0];
+    for change in 0..6 {
+        assert_eq!(cpu.write::<u64>(0xa000, 1), Ok(()));
+        let kept = change < 2;
+        let rip = cpu.rip;
+        cpu.memory.write(0xb000, &[0; 16]).unwrap();
+        let step = match change {
+            0 => mov_cr(&mut cpu, 3, PAGE_TABLES),
+            1 | 2 => {
+                // All but global ones, all.
+                cpu.regs.set64(at::RAX, if change == 1 { 3 } else { 2 });
+                execute(&mut cpu, &invpcid)
+            }
+            3 => execute(&mut cpu, &invlpg),
+            4 => mov_cr(&mut cpu, 4, with_pge & !cr4::PGE),
+            _ => mov_cr(&mut cpu, 0, cr0 ^ cr0::WP),
+        };
+        cpu.rip = rip;
+        assert_eq!(step, Step::Done);
+        assert!(cpu.tlb.read(0xa000, 8).is_none(), "change {change}");
+        let context = cpu.tlb.context();
+        assert_eq!(cpu.tlb.global(context, 0xa000, true).is_some(), kept, "change {change}");
+        assert_eq!(cpu.read::<u64>(0xa000), Ok(1));
+        assert_eq!(mov_cr(&mut cpu, 4, with_pge), Step::Done);
+    }
+}
+
+#[test]
 fn a_page_is_forgotten_by_invlpg_and_by_every_change_of_translation() {
     let mut cpu = long(0);
     let invlpg = [0x0f, 0x01, 0x3c, 0x25, 0, 0xa0, 0, 0];

@@ -1,0 +1,300 @@
+//! Machine code, as far as the translator writes it itself: everything else is the guest's own, re-encoded.
+
+/// Numbers of general registers.
+pub(super) const RAX: u8 = 0;
+pub(super) const RCX: u8 = 1;
+pub(super) const RDX: u8 = 2;
+pub(super) const RBX: u8 = 3;
+pub(super) const RSP: u8 = 4;
+pub(super) const RBP: u8 = 5;
+pub(super) const RSI: u8 = 6;
+pub(super) const RDI: u8 = 7;
+pub(super) const R8: u8 = 8;
+pub(super) const R9: u8 = 9;
+pub(super) const R10: u8 = 10;
+pub(super) const R11: u8 = 11;
+
+/// Conditions, by encoding.
+pub(super) const BELOW: u8 = 2;
+pub(super) const EQUAL: u8 = 4;
+pub(super) const NOT_EQUAL: u8 = 5;
+pub(super) const ABOVE: u8 = 7;
+
+/// A memory operand.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Mem {
+    /// A field of the processor, which GS points to.
+    Cpu(i32),
+    /// Register and displacement.
+    At(u8, i32),
+    /// Base, index and log2 of its scale, displacement.
+    Sum(Option<u8>, Option<(u8, u8)>, i32),
+}
+
+/// Code that will stand at a known address.
+pub(super) struct Asm {
+    /// The code so far.
+    pub(super) code: Vec<u8>,
+    /// Where its first byte will be executed.
+    pub(super) origin: u64,
+}
+
+/// A forward jump that awaits its target: where its 32-bit displacement ends.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Forward(pub(super) usize);
+
+impl Asm {
+    pub(super) fn new(origin: u64) -> Self {
+        Self { code: Vec::with_capacity(1024), origin }
+    }
+
+    pub(super) fn here(&self) -> u64 {
+        self.origin + self.code.len() as u64
+    }
+
+    pub(super) fn bytes(&mut self, bytes: &[u8]) {
+        self.code.extend_from_slice(bytes);
+    }
+
+    pub(super) fn byte(&mut self, byte: u8) {
+        self.code.push(byte);
+    }
+
+    pub(super) fn imm32(&mut self, value: u32) {
+        self.bytes(&value.to_le_bytes());
+    }
+
+    /// An instruction on a register and memory: prefixes, REX, opcode, ModRM, SIB, displacement.
+    pub(super) fn mem(&mut self, prefix: &[u8], wide: bool, opcode: &[u8], reg: u8, mem: Mem) {
+        let (base, index) = match mem {
+            Mem::Cpu(_) => (None, None),
+            Mem::At(base, _) => (Some(base), None),
+            Mem::Sum(base, index, _) => (base, index),
+        };
+        if matches!(mem, Mem::Cpu(_)) {
+            self.byte(0x65);
+        }
+        self.bytes(prefix);
+        let high = |r: Option<u8>| r.map_or(0, |r| r >> 3);
+        let rex = u8::from(wide) << 3 | reg >> 3 << 2 | high(index.map(|i| i.0)) << 1 | high(base);
+        if rex != 0 {
+            self.byte(0x40 | rex);
+        }
+        self.bytes(opcode);
+        self.operand(reg, mem);
+    }
+
+    /// ModRM, SIB and displacement.
+    pub(super) fn operand(&mut self, reg: u8, mem: Mem) {
+        let reg = (reg & 7) << 3;
+        let (base, index, disp) = match mem {
+            Mem::Cpu(disp) => (None, None, disp),
+            Mem::At(base, disp) => (Some(base), None, disp),
+            Mem::Sum(base, index, disp) => (base, index, disp),
+        };
+        let Some(base) = base else {
+            let (index, scale) = index.unwrap_or((RSP, 0));
+            self.bytes(&[reg | 4, scale << 6 | (index & 7) << 3 | 5]);
+            self.imm32(disp as u32);
+            return;
+        };
+        let kind = match disp {
+            0 if base & 7 != 5 => 0,
+            -128..=127 => 0x40,
+            _ => 0x80,
+        };
+        match index {
+            None if base & 7 != 4 => self.byte(kind | reg | base & 7),
+            _ => {
+                let (index, scale) = index.unwrap_or((RSP, 0));
+                self.bytes(&[kind | reg | 4, scale << 6 | (index & 7) << 3 | base & 7]);
+            }
+        }
+        match kind {
+            0 => {}
+            0x40 => self.byte(disp as u8),
+            _ => self.imm32(disp as u32),
+        }
+    }
+
+    /// An instruction on two registers.
+    pub(super) fn regs(&mut self, wide: bool, opcode: &[u8], reg: u8, rm: u8) {
+        let rex = u8::from(wide) << 3 | reg >> 3 << 2 | rm >> 3;
+        if rex != 0 {
+            self.byte(0x40 | rex);
+        }
+        self.bytes(opcode);
+        self.byte(0xc0 | (reg & 7) << 3 | rm & 7);
+    }
+
+    pub(super) fn load(&mut self, reg: u8, mem: Mem) {
+        self.mem(&[], true, &[0x8b], reg, mem);
+    }
+
+    pub(super) fn load32(&mut self, reg: u8, mem: Mem) {
+        self.mem(&[], false, &[0x8b], reg, mem);
+    }
+
+    pub(super) fn store(&mut self, mem: Mem, reg: u8) {
+        self.mem(&[], true, &[0x89], reg, mem);
+    }
+
+    pub(super) fn lea(&mut self, reg: u8, mem: Mem) {
+        self.mem(&[], true, &[0x8d], reg, mem);
+    }
+
+    pub(super) fn mov(&mut self, to: u8, from: u8) {
+        self.regs(true, &[0x89], from, to);
+    }
+
+    /// Zero-extends.
+    pub(super) fn mov_imm32(&mut self, reg: u8, value: u32) {
+        if reg > 7 {
+            self.byte(0x41);
+        }
+        self.byte(0xb8 | reg & 7);
+        self.imm32(value);
+    }
+
+    pub(super) fn mov_imm(&mut self, reg: u8, value: u64) {
+        if let Ok(small) = u32::try_from(value) {
+            self.mov_imm32(reg, small);
+        } else if let Ok(small) = i32::try_from(value as i64) {
+            self.bytes(&[0x48 | reg >> 3, 0xc7, 0xc0 | reg & 7]);
+            self.imm32(small as u32);
+        } else {
+            self.bytes(&[0x48 | reg >> 3, 0xb8 | reg & 7]);
+            self.bytes(&value.to_le_bytes());
+        }
+    }
+
+    /// Adds a constant to R8. R9 may be lost; flags stay.
+    pub(super) fn add_to_r8(&mut self, value: i64) {
+        if let Ok(disp) = i32::try_from(value) {
+            self.lea(R8, Mem::At(R8, disp));
+        } else {
+            self.mov_imm(R9, value as u64);
+            self.lea(R8, Mem::Sum(Some(R8), Some((R9, 0)), 0));
+        }
+    }
+
+    /// AND, sign-extended immediate.
+    pub(super) fn and_imm(&mut self, wide: bool, reg: u8, value: i32) {
+        let rex = 0x40 | u8::from(wide) << 3 | reg >> 3;
+        if rex != 0x40 {
+            self.byte(rex);
+        }
+        if let Ok(small) = i8::try_from(value) {
+            self.bytes(&[0x83, 0xe0 | reg & 7, small as u8]);
+        } else {
+            self.bytes(&[0x81, 0xe0 | reg & 7]);
+            self.imm32(value as u32);
+        }
+    }
+
+    /// SHR of the low 32 bits.
+    pub(super) fn shr32(&mut self, reg: u8, by: u8) {
+        if reg > 7 {
+            self.byte(0x41);
+        }
+        self.bytes(&[0xc1, 0xe8 | reg & 7, by]);
+    }
+
+    /// CMP of a byte in memory with an immediate.
+    pub(super) fn cmp_byte(&mut self, mem: Mem, value: u8) {
+        self.mem(&[], false, &[0x80], 7, mem);
+        self.byte(value);
+    }
+
+    /// CMP of 32 bits in memory with a small immediate.
+    pub(super) fn cmp_dword(&mut self, mem: Mem, value: u8) {
+        self.mem(&[], false, &[0x83], 7, mem);
+        self.byte(value);
+    }
+
+    pub(super) fn push(&mut self, reg: u8) {
+        if reg > 7 {
+            self.byte(0x41);
+        }
+        self.byte(0x50 | reg & 7);
+    }
+
+    pub(super) fn pop(&mut self, reg: u8) {
+        if reg > 7 {
+            self.byte(0x41);
+        }
+        self.byte(0x58 | reg & 7);
+    }
+
+    fn relative(&mut self, target: u64) {
+        let next = self.here() + 4;
+        self.imm32(target.wrapping_sub(next) as u32);
+    }
+
+    pub(super) fn jmp(&mut self, target: u64) {
+        self.byte(0xe9);
+        self.relative(target);
+    }
+
+    pub(super) fn call(&mut self, target: u64) {
+        self.byte(0xe8);
+        self.relative(target);
+    }
+
+    pub(super) fn jcc(&mut self, condition: u8, target: u64) {
+        self.bytes(&[0x0f, 0x80 | condition]);
+        self.relative(target);
+    }
+
+    pub(super) fn jmp_forward(&mut self) -> Forward {
+        self.byte(0xe9);
+        self.imm32(0);
+        Forward(self.code.len())
+    }
+
+    pub(super) fn call_forward(&mut self) -> Forward {
+        self.byte(0xe8);
+        self.imm32(0);
+        Forward(self.code.len())
+    }
+
+    pub(super) fn jcc_forward(&mut self, condition: u8) -> Forward {
+        self.bytes(&[0x0f, 0x80 | condition]);
+        self.imm32(0);
+        Forward(self.code.len())
+    }
+
+    /// Lands a forward jump here.
+    pub(super) fn land(&mut self, forward: Forward) {
+        let here = self.code.len();
+        self.land_at(forward, here);
+    }
+
+    /// Lands a forward jump at an address.
+    pub(super) fn land_abroad(&mut self, forward: Forward, at: u64) {
+        let distance = at.wrapping_sub(self.origin + forward.0 as u64) as u32;
+        self.code[forward.0 - 4..forward.0].copy_from_slice(&distance.to_le_bytes());
+    }
+
+    /// Lands a forward jump at an offset in this code.
+    pub(super) fn land_at(&mut self, forward: Forward, at: usize) {
+        let distance = at as i64 - forward.0 as i64;
+        self.code[forward.0 - 4..forward.0].copy_from_slice(&(distance as i32).to_le_bytes());
+    }
+
+    /// Stores the status flags as the processor keeps them. `scratch` is lost; flags and all else stay.
+    pub(super) fn save_flags(&mut self, status: i32, scratch: u8) {
+        self.mov(scratch, RAX);
+        self.bytes(&[0x9f, 0x0f, 0x90, 0xc0]); // lahf; seto al
+        self.mem(&[0x66], false, &[0x89], RAX, Mem::Cpu(status));
+        self.mov(RAX, scratch);
+    }
+
+    /// Loads the status flags. `scratch` is lost.
+    pub(super) fn load_flags(&mut self, status: i32, scratch: u8) {
+        self.mov(scratch, RAX);
+        self.mem(&[], false, &[0x0f, 0xb7], RAX, Mem::Cpu(status));
+        self.bytes(&[0x04, 0x7f, 0x9e]); // add al, 127; sahf
+        self.mov(RAX, scratch);
+    }
+}

@@ -1,0 +1,167 @@
+//! Re-encoding: the guest's instruction with other registers in its fields, and its memory operand at an address that a
+//! register holds.
+
+use super::asm::{Asm, Mem, R8, R9, RSI};
+use super::table::{Field, Info};
+
+/// An instruction's bytes, taken apart.
+pub(super) struct Parts<'a> {
+    /// 66, F2, F3 and F0, in order.
+    prefixes: [u8; 14],
+    prefix_count: usize,
+    rex: u8,
+    vex: &'a [u8],
+    opcode: &'a [u8],
+    modrm: Option<u8>,
+    tail: &'a [u8],
+}
+
+/// Takes an instruction of 64-bit code apart. `None`: not as expected.
+pub(super) fn split<'a>(bytes: &'a [u8], info: &Info) -> Option<Parts<'a>> {
+    let mut parts =
+        Parts { prefixes: [0; 14], prefix_count: 0, rex: 0, vex: &[], opcode: &[], modrm: None, tail: &[] };
+    let mut at = 0;
+    loop {
+        let byte = *bytes.get(at)?;
+        match byte {
+            0x67 | 0x26 | 0x2e | 0x36 | 0x3e | 0x64 | 0x65 => parts.rex = 0,
+            0x66 | 0xf0 | 0xf2 | 0xf3 => {
+                *parts.prefixes.get_mut(parts.prefix_count)? = byte;
+                parts.prefix_count += 1;
+                parts.rex = 0;
+            }
+            // One that another prefix follows does not count.
+            0x40..=0x4f => parts.rex = byte,
+            _ => break,
+        }
+        at += 1;
+    }
+    if info.vex {
+        let len = match bytes[at] {
+            0xc5 => 2,
+            0xc4 => 3,
+            _ => return None,
+        };
+        parts.vex = bytes.get(at..at + len)?;
+        at += len;
+        parts.opcode = bytes.get(at..=at)?;
+    } else {
+        let len = match bytes.get(at..)? {
+            [0x0f, 0x38 | 0x3a, ..] => 3,
+            [0x0f, ..] => 2,
+            _ => 1,
+        };
+        parts.opcode = bytes.get(at..at + len)?;
+    }
+    at += parts.opcode.len();
+    if info.modrm {
+        let modrm = *bytes.get(at)?;
+        parts.modrm = Some(modrm);
+        at += 1 + operand_len(modrm, bytes.get(at + 1).copied());
+    }
+    parts.tail = bytes.get(at..)?;
+    Some(parts)
+}
+
+fn operand_len(modrm: u8, sib: Option<u8>) -> usize {
+    let (kind, rm) = (modrm >> 6, modrm & 7);
+    if kind == 3 {
+        return 0;
+    }
+    let has_sib = rm == 4;
+    let no_base = if has_sib { sib.unwrap_or(0) & 7 == 5 } else { rm == 5 };
+    let disp = match kind {
+        0 if no_base => 4,
+        0 => 0,
+        1 => 1,
+        _ => 4,
+    };
+    disp + usize::from(has_sib)
+}
+
+impl Parts<'_> {
+    /// The operand in the ModRM byte is memory.
+    pub(super) fn memory(&self) -> bool {
+        self.modrm.is_some_and(|m| m >> 6 != 3)
+    }
+
+    /// Writes the instruction with `register(operand)` in the field of each operand for which it names one, and `mem` for its
+    /// memory operand, which is `[r8]` if `high`: then
+    /// a high byte register is among the operands, so there must be no REX prefix.
+    pub(super) fn emit(
+        &self,
+        asm: &mut Asm,
+        info: &Info,
+        high: bool,
+        mem: Mem,
+        register: impl Fn(usize) -> Option<u8>,
+    ) {
+        let (mut rex, mut modrm) = (self.rex, self.modrm.unwrap_or(0));
+        // VEX in its long form: R, X and B inverted.
+        let long = match *self.vex {
+            [_, second] => [0xc4, second & 0x80 | 0x61, second & 0x7f],
+            [_, second, third] => [0xc4, second, third],
+            _ => [0; 3],
+        };
+        let mut vex = long;
+        let mut last = *self.opcode.last().unwrap_or(&0);
+        let mut need_rex = false;
+        for (i, field) in info.fields.iter().enumerate() {
+            let Some(n) = register(i) else { continue };
+            need_rex |= n > 3;
+            match field {
+                Field::None => {}
+                Field::Reg => {
+                    modrm = modrm & 0xc7 | (n & 7) << 3;
+                    rex = rex & !4 | n >> 3 << 2;
+                    vex[1] = vex[1] & 0x7f | (n >> 3 ^ 1) << 7;
+                }
+                Field::Rm => {
+                    modrm = modrm & 0xf8 | n & 7;
+                    rex = rex & !1 | n >> 3;
+                    vex[1] = vex[1] & 0xdf | (n >> 3 ^ 1) << 5;
+                }
+                Field::Vvvv => vex[2] = vex[2] & 0x87 | (!n & 0xf) << 3,
+                Field::Opcode => {
+                    last = last & 0xf8 | n & 7;
+                    rex = rex & !1 | n >> 3;
+                }
+            }
+        }
+        let memory = self.memory();
+        if memory {
+            // A base without REX, if there must be none: RSI, which no high byte lies in.
+            if high {
+                asm.mov(R9, RSI);
+                asm.mov(RSI, R8);
+            } else {
+                let (base, index) = match mem {
+                    Mem::Sum(base, index, _) => (base.unwrap_or(0), index.map_or(0, |i| i.0)),
+                    Mem::At(base, _) => (base, 0),
+                    Mem::Cpu(_) => (0, 0),
+                };
+                rex = rex & !3 | index >> 3 << 1 | base >> 3;
+                vex[1] = vex[1] & !0x60 | (index >> 3 ^ 1) << 6 | (base >> 3 ^ 1) << 5;
+            }
+        }
+        asm.bytes(&self.prefixes[..self.prefix_count]);
+        if self.vex.is_empty() {
+            if (rex & 0xf != 0 || self.rex != 0 || need_rex) && !high {
+                asm.byte(0x40 | rex & 0xf);
+            }
+            asm.bytes(&self.opcode[..self.opcode.len() - 1]);
+        } else {
+            asm.bytes(&vex);
+        }
+        asm.byte(last);
+        if memory {
+            asm.operand(modrm >> 3 & 7, if high { Mem::At(RSI, 0) } else { mem });
+        } else if self.modrm.is_some() {
+            asm.byte(modrm);
+        }
+        asm.bytes(self.tail);
+        if memory && high {
+            asm.mov(RSI, R9);
+        }
+    }
+}

@@ -1,0 +1,266 @@
+//! The code between translated code and Rust: entering and leaving, finding the next block, and calls for help.
+
+use std::mem::offset_of;
+
+use super::asm::{Asm, EQUAL, Mem, NOT_EQUAL, R8, R9, R10, R11, RAX, RBP, RBX, RCX, RDI, RDX, RSI, RSP};
+use super::{Hot, JUMP_SHIFT, JUMPS, Jump};
+use crate::cpu::Cpu;
+use crate::mmu::TlbLayout;
+use crate::native::FrameLayout;
+use skep_hv::state::Segment;
+
+/// Guest registers that stand in host registers while translated code runs: guest number, host number.
+const PINNED: [(u8, u8); 12] = [
+    (RAX, RAX),
+    (RCX, RCX),
+    (RDX, RDX),
+    (RBX, RBX),
+    (RSP, R11),
+    (RBP, RBP),
+    (RSI, RSI),
+    (RDI, RDI),
+    (12, 12),
+    (13, 13),
+    (14, 14),
+    (15, 15),
+];
+/// What the ABI wants back.
+const CALLEE_SAVED: [u8; 6] = [RBX, RBP, 12, 13, 14, 15];
+/// Bytes of return addresses that the host's stack may hold before they are dropped.
+const RETURNS: i32 = 32 << 10;
+
+/// Fields of [`Hot`] as operands.
+pub(super) const fn hot(offset: usize) -> Mem {
+    Mem::Cpu((offset_of!(Cpu, hot) + offset) as i32)
+}
+
+/// A general register's home.
+pub(super) fn home(n: u8) -> Mem {
+    Mem::Cpu((offset_of!(Cpu, regs) + 8 * n as usize) as i32)
+}
+
+/// The base of a segment.
+pub(super) fn segment_base(segment: usize) -> Mem {
+    let at = offset_of!(Cpu, segs) + segment * size_of::<Segment>() + offset_of!(Segment, base);
+    Mem::Cpu(at as i32)
+}
+
+/// The array of translations in use.
+pub(super) const CURRENT_TLB: Mem = Mem::Cpu((offset_of!(Cpu, tlb) + TlbLayout::CURRENT) as i32);
+pub(super) const STATUS: i32 = offset_of!(Cpu, status) as i32;
+pub(super) const RIP: Mem = Mem::Cpu(offset_of!(Cpu, rip) as i32);
+pub(super) const BASE: Mem = hot(offset_of!(Hot, base));
+pub(super) const ATTENTION: Mem = hot(offset_of!(Hot, attention));
+pub(super) const TEMP: Mem = hot(offset_of!(Hot, temp));
+pub(super) const ORIGIN: Mem = hot(offset_of!(Hot, origin));
+pub(super) const VECTORS: Mem = hot(offset_of!(Hot, vectors));
+pub(super) const BOTTOM: Mem = hot(offset_of!(Hot, bottom));
+pub(super) const LIMIT: Mem = hot(offset_of!(Hot, limit));
+const LINK: Mem = hot(offset_of!(Hot, link));
+const STAMP: Mem = hot(offset_of!(Hot, stamp));
+const ENTRY_STACK: Mem = hot(offset_of!(Hot, entry_stack));
+
+/// Addresses of the routines.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Glue {
+    /// `extern "sysv64" fn(code: u64)`.
+    pub(super) enter: u64,
+    /// Goes on at the guest address in R8. Status flags are in memory.
+    pub(super) dispatch: u64,
+    /// As `dispatch`, after a return that was not foreseen.
+    pub(super) unforeseen: u64,
+    /// Leaves, with RIP in R8.
+    pub(super) leave: u64,
+    /// As `leave`, for the link whose number is in R9.
+    pub(super) leave_to_link: u64,
+    /// Helps with a memory access: address in R8, what it is in R9 ([`super::help::Wanted`]). Comes back with the host's
+    /// address in R8; or, five bytes further, with the instruction done.
+    pub(super) access: u64,
+    /// Runs the handler of the operation in R8; what it is in R9. Comes back if the next instruction is next.
+    pub(super) handler: u64,
+    /// Makes the vector registers the guest's.
+    pub(super) load_vectors: u64,
+}
+
+/// What a helper decided; with it comes a value.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(C)]
+pub(super) struct Verdict {
+    pub(super) what: u64,
+    pub(super) value: u64,
+}
+
+impl Verdict {
+    /// Go on; the value is a host address, for accesses.
+    pub(super) const GO_ON: u64 = 0;
+    /// The instruction is done.
+    pub(super) const DONE: u64 = 1;
+    /// Go on wherever RIP says.
+    pub(super) const DISPATCH: u64 = 2;
+    /// Leave translated code.
+    pub(super) const LEAVE: u64 = 3;
+}
+
+/// What the routines call.
+pub(super) type AccessHelper = unsafe extern "sysv64" fn(*mut Cpu, u64, u32) -> Verdict;
+pub(super) type HandlerHelper = unsafe extern "sysv64" fn(*mut Cpu, u64, u32) -> Verdict;
+
+/// Writes the routines.
+pub(super) fn emit(asm: &mut Asm, access: AccessHelper, handler: HandlerHelper, wide: bool) -> Glue {
+    let mut glue = Glue::default();
+
+    glue.load_vectors = asm.here();
+    vectors(asm, wide, false);
+    asm.mem(&[], false, &[0xc6], 0, VECTORS);
+    asm.byte(1);
+    asm.byte(0xc3);
+    let save_vectors = asm.here();
+    vectors(asm, wide, true);
+    asm.byte(0xc3);
+
+    // Returns that were never called for: the entry stays for the next.
+    let empty = asm.here();
+    asm.lea(RSP, Mem::At(RSP, -8));
+    let to_dispatch = asm.jmp_forward();
+
+    glue.unforeseen = asm.here();
+    asm.load(RSP, BOTTOM);
+
+    glue.dispatch = asm.here();
+    asm.land(to_dispatch);
+    asm.load(R10, ATTENTION);
+    asm.cmp_dword(Mem::At(R10, 0), 0);
+    let called = asm.jcc_forward(NOT_EQUAL);
+    asm.regs(false, &[0x89], R8, R9);
+    asm.shr32(R9, JUMP_SHIFT as u8);
+    asm.regs(false, &[0x31], R8, R9);
+    asm.and_imm(false, R9, JUMPS as i32 - 1);
+    asm.bytes(&[0x41, 0xc1, 0xe1, 5]); // shl r9d, 5
+    asm.mem(&[], true, &[0x03], R9, hot(offset_of!(Hot, jumps)));
+    asm.mem(&[], true, &[0x39], R8, Mem::At(R9, offset_of!(Jump, linear) as i32));
+    let other = asm.jcc_forward(NOT_EQUAL);
+    asm.load(R10, STAMP);
+    asm.mem(&[], true, &[0x39], R10, Mem::At(R9, offset_of!(Jump, stamp) as i32));
+    let stale = asm.jcc_forward(NOT_EQUAL);
+    asm.and_imm(true, R8, -4096);
+    asm.store(BASE, R8);
+    asm.mem(&[], false, &[0xff], 4, Mem::At(R9, offset_of!(Jump, code) as i32));
+
+    glue.leave_to_link = asm.here();
+    asm.mem(&[], false, &[0x89], R9, LINK);
+    asm.land(called);
+    asm.land(other);
+    asm.land(stale);
+    glue.leave = asm.here();
+    asm.store(RIP, R8);
+    save_registers(asm);
+    asm.cmp_byte(VECTORS, 0);
+    let none = asm.jcc_forward(EQUAL);
+    asm.call(save_vectors);
+    asm.land(none);
+    let leave_saved = asm.here();
+    asm.mem(&[], false, &[0xc6], 0, VECTORS);
+    asm.byte(0);
+    asm.load(RSP, ENTRY_STACK);
+    asm.lea(RSP, Mem::At(RSP, 8));
+    for &reg in CALLEE_SAVED.iter().rev() {
+        asm.pop(reg);
+    }
+    asm.byte(0xc3);
+
+    glue.enter = asm.here();
+    for &reg in &CALLEE_SAVED {
+        asm.push(reg);
+    }
+    asm.lea(RSP, Mem::At(RSP, -8));
+    asm.store(ENTRY_STACK, RSP);
+    asm.mov_imm(RAX, empty);
+    asm.push(RAX);
+    asm.store(BOTTOM, RSP);
+    asm.lea(RAX, Mem::At(RSP, -RETURNS));
+    asm.store(LIMIT, RAX);
+    asm.mov(R8, RDI);
+    load_registers(asm);
+    asm.bytes(&[0x41, 0xff, 0xe0]); // jmp r8
+
+    glue.access = asm.here();
+    help(asm, access as usize as u64, save_vectors, &glue, leave_saved, true);
+    glue.handler = asm.here();
+    help(asm, handler as usize as u64, save_vectors, &glue, leave_saved, false);
+    glue
+}
+
+/// Calls a helper with the processor, R8 and R9, everything of the guest's in its place in memory.
+fn help(asm: &mut Asm, helper: u64, save_vectors: u64, glue: &Glue, leave_saved: u64, done_skips: bool) {
+    save_registers(asm);
+    asm.cmp_byte(VECTORS, 0);
+    let none = asm.jcc_forward(EQUAL);
+    asm.call(save_vectors);
+    asm.land(none);
+    asm.load(RDI, hot(offset_of!(Hot, this)));
+    asm.mov(RSI, R8);
+    asm.regs(false, &[0x89], R9, RDX);
+    asm.mov_imm(RAX, helper);
+    asm.bytes(&[0xff, 0xd0]); // call rax
+    asm.bytes(&[0x83, 0xf8, Verdict::LEAVE as u8]); // cmp eax, 3
+    asm.jcc(EQUAL, leave_saved);
+    asm.cmp_byte(VECTORS, 0);
+    let none = asm.jcc_forward(EQUAL);
+    asm.call(glue.load_vectors);
+    asm.land(none);
+    asm.mov(R8, RDX);
+    asm.regs(false, &[0x89], RAX, R9);
+    load_registers(asm);
+    asm.bytes(&[0x41, 0x83, 0xf9, Verdict::DISPATCH as u8]); // cmp r9d, 2
+    let dispatch = asm.jcc_forward(EQUAL);
+    if done_skips {
+        asm.bytes(&[0x45, 0x85, 0xc9]); // test r9d, r9d
+        let done = asm.jcc_forward(NOT_EQUAL);
+        asm.byte(0xc3);
+        asm.land(done);
+        asm.bytes(&[0x48, 0x83, 0x04, 0x24, 5]); // add qword ptr [rsp], 5
+        asm.load_flags(STATUS, R9);
+    }
+    asm.byte(0xc3);
+    asm.land(dispatch);
+    asm.load(R8, RIP);
+    asm.jmp(glue.unforeseen);
+}
+
+fn save_registers(asm: &mut Asm) {
+    for (guest, host) in PINNED {
+        asm.store(home(guest), host);
+    }
+}
+
+fn load_registers(asm: &mut Asm) {
+    for (guest, host) in PINNED {
+        asm.load(host, home(guest));
+    }
+}
+
+/// Moves vector registers and MXCSR to or from the frame. R10 is lost.
+fn vectors(asm: &mut Asm, wide: bool, save: bool) {
+    asm.load(R10, Mem::Cpu(offset_of!(Cpu, fpu) as i32));
+    let opcode = 0x10 | u8::from(save);
+    if !save {
+        asm.mem(&[], false, &[0x0f, 0xae], 2, Mem::At(R10, FrameLayout::MXCSR));
+    }
+    for n in 0..16u8 {
+        let at = Mem::At(R10, FrameLayout::VECTOR + 64 * i32::from(n));
+        if wide {
+            // vmovups ymm, [r10+disp]
+            asm.bytes(&[0xc4, (n >> 3 ^ 1) << 7 | 0x40 | 1, 0x7c, opcode]);
+            asm.operand(n, at);
+        } else {
+            asm.mem(&[], false, &[0x0f, opcode], n, at);
+        }
+    }
+    if save {
+        asm.mem(&[], false, &[0x0f, 0xae], 3, Mem::At(R10, FrameLayout::MXCSR));
+        asm.mem(&[], false, &[0x0f, 0xae], 2, Mem::At(R10, FrameLayout::HOST_MXCSR));
+        if wide {
+            asm.bytes(&[0xc5, 0xf8, 0x77]); // vzeroupper
+        }
+    }
+}

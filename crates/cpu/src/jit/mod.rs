@@ -1,0 +1,588 @@
+//! The translator: runs of 64-bit guest instructions become code for the host, which is of the same kind, so that most of them
+//! stay what they are but for their operands.
+//!
+//! * [`translate`] makes code of decoded instructions, by what [`table`] knows of them; [`encode`] puts other operands into
+//!   an instruction, [`asm`] writes our own;
+//! * [`glue`] is the code between translated code and Rust, [`help`] the Rust that it calls;
+//! * [`memory`] is where the code lies.
+//!
+//! A block is known by its guest physical address and by what else decides its meaning ([`Key`]); it names addresses relative
+//! to its page only, so that it serves wherever the page is mapped. Jumps within the page are direct; all others go through
+//! the jump cache, which is keyed by linear address and [`Cpu::code_stamp`]. So a page is what is dropped when code
+//! changes, and nothing outside of the page leads into it.
+//!
+//! `docs/software-cpu.md` describes the design, `docs/performance.md` what was measured.
+#![expect(unsafe_code, reason = "enters generated code")]
+
+mod asm;
+mod dump;
+mod encode;
+mod glue;
+mod help;
+mod memory;
+mod table;
+mod translate;
+
+use std::arch::asm;
+use std::collections::HashMap;
+use std::hash::BuildHasherDefault;
+use std::io;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use glue::Glue;
+use memory::CodeMemory;
+use skep_memory::GuestMemory;
+use table::Table;
+use translate::{Entry, Link, MAX_INSTRUCTIONS, Made, Request, Source};
+
+use crate::block::Mix;
+use crate::cpu::{CodeSize, Cpu, cr0, cr4};
+use crate::fault::Exec;
+use crate::op::Op;
+
+const PAGE: u64 = 4096;
+/// Entries of the jump cache.
+const JUMPS: usize = 16384;
+/// What is folded into the lowest bits of an address to index it.
+const JUMP_SHIFT: u32 = 12;
+/// Code memory kept free for one block.
+const RESERVE: usize = 64 << 10;
+/// No link.
+const NO_LINK: u32 = u32::MAX;
+
+/// What decides what code means, beside its address.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Key(u8);
+
+impl Key {
+    const USER: u8 = 1;
+    const SSE: u8 = 2;
+    const AVX: u8 = 4;
+    const MASKED: u8 = 8;
+    const BITS: u32 = 4;
+
+    fn sse(self) -> bool {
+        self.0 & Self::SSE != 0
+    }
+
+    fn avx(self) -> bool {
+        self.0 & Self::AVX != 0
+    }
+
+    fn masked(self) -> bool {
+        self.0 & Self::MASKED != 0
+    }
+}
+
+/// Where a transfer of control came from, in case its target turns out to be no address.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Origin(u32);
+
+impl Origin {
+    const VALID: u32 = 1 << 31;
+
+    /// The instruction at `at` of its page, which has moved the stack pointer by `dropped`.
+    fn new(at: u16, dropped: i32) -> Self {
+        Self(u32::from(at) | ((dropped + 8) as u32) << 12 | Self::VALID)
+    }
+
+    fn at(self) -> u64 {
+        u64::from(self.0 & 0xfff)
+    }
+
+    fn dropped(self) -> i64 {
+        i64::from(self.0 >> 12 & 0x7_ffff) - 8
+    }
+}
+
+/// What translated code touches of its processor beside the registers.
+#[repr(C)]
+pub(crate) struct Hot {
+    /// Linear address of the page that runs.
+    pub(crate) base: u64,
+    /// [`Cpu::code_stamp`].
+    pub(crate) stamp: u64,
+    jumps: *mut Jump,
+    attention: *const AtomicU32,
+    this: *mut Cpu,
+    /// Host stack pointer without return addresses; where they must end; and on entry.
+    bottom: u64,
+    limit: u64,
+    entry_stack: u64,
+    temp: u64,
+    origin: u32,
+    /// The link by which translated code was left.
+    link: u32,
+    /// The vector registers and MXCSR are the guest's.
+    vectors: u8,
+    /// Exceptions are left in [`Cpu::raised`]: for comparisons.
+    pub(crate) keep_raised: bool,
+}
+
+// SAFETY: the pointers are set by the thread that runs the processor before each use.
+unsafe impl Send for Hot {}
+
+impl Hot {
+    pub(crate) const fn new() -> Self {
+        Self {
+            base: 0,
+            stamp: 0,
+            jumps: std::ptr::null_mut(),
+            attention: std::ptr::null(),
+            this: std::ptr::null_mut(),
+            bottom: 0,
+            limit: 0,
+            entry_stack: 0,
+            temp: 0,
+            origin: 0,
+            link: NO_LINK,
+            vectors: 0,
+            keep_raised: false,
+        }
+    }
+}
+
+/// An entry of the jump cache.
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct Jump {
+    linear: u64,
+    stamp: u64,
+    code: u64,
+    unused: u64,
+}
+
+const NO_JUMP: Jump = Jump { linear: 0, stamp: u64::MAX, code: 0, unused: 0 };
+
+/// A jump in a block that may be made to lead to its target.
+#[derive(Clone, Copy)]
+struct OpenLink {
+    link: Link,
+    /// Guest physical address and key of the target.
+    target: u64,
+}
+
+/// What is translated of one page.
+struct PageCode {
+    version: u32,
+    blocks: Vec<u64>,
+}
+
+/// All translated code of one vCPU.
+pub(crate) struct Jit {
+    memory: CodeMemory,
+    glue: Glue,
+    /// Where the glue ends and blocks begin.
+    floor: usize,
+    table: Table,
+    jumps: Box<[Jump]>,
+    blocks: HashMap<u64, Entry, BuildHasherDefault<Mix>>,
+    pages: HashMap<usize, PageCode, BuildHasherDefault<Mix>>,
+    /// Code for instructions that straddle pages, by the second page's address. What `blocks` has of them leads to the jump
+    /// cache, as it is by linear address that the second page is found.
+    straddling: HashMap<u64, HashMap<u64, u64>, BuildHasherDefault<Mix>>,
+    links: Vec<OpenLink>,
+    #[expect(clippy::vec_box, reason = "operations are pointed to and must not move")]
+    ops: Vec<Box<Op>>,
+    /// Jumps may lead to other blocks at once.
+    chain: bool,
+    /// Instructions in a block at most.
+    most: usize,
+}
+
+/// What was found at an address.
+enum Found {
+    Code(u64),
+    /// Nothing that can be translated: one step for the interpreter.
+    Step,
+}
+
+impl Jit {
+    pub(crate) fn new() -> io::Result<Self> {
+        let mut memory = CodeMemory::new()?;
+        let mut asm = asm::Asm::new(memory.next());
+        let wide = std::arch::is_x86_feature_detected!("avx");
+        let glue = glue::emit(&mut asm, help::access, help::handler, wide);
+        if !memory.add(&asm.code, &[]) {
+            return Err(io::ErrorKind::OutOfMemory.into());
+        }
+        let floor = memory.used();
+        Ok(Self {
+            memory,
+            glue,
+            floor,
+            table: Table::new(),
+            jumps: vec![NO_JUMP; JUMPS].into_boxed_slice(),
+            blocks: HashMap::default(),
+            pages: HashMap::default(),
+            straddling: HashMap::default(),
+            links: Vec::new(),
+            ops: Vec::new(),
+            chain: true,
+            most: MAX_INSTRUCTIONS,
+        })
+    }
+
+    /// For comparisons: blocks of so many instructions at most, each on its own.
+    pub(crate) fn set_alone(&mut self, most: usize) {
+        (self.chain, self.most) = (false, most.clamp(1, MAX_INSTRUCTIONS));
+        self.clear();
+    }
+
+    /// Drops all code.
+    fn clear(&mut self) {
+        self.memory.truncate(self.floor);
+        self.jumps.fill(NO_JUMP);
+        self.blocks.clear();
+        self.pages.clear();
+        self.straddling.clear();
+        self.links.clear();
+        self.ops.clear();
+    }
+
+    fn slot(linear: u64) -> usize {
+        ((linear as u32 >> JUMP_SHIFT ^ linear as u32) & (JUMPS as u32 - 1)) as usize
+    }
+
+    /// Drops the code of a page.
+    fn drop_page(&mut self, page: usize) {
+        if let Some(code) = self.pages.remove(&page) {
+            for block in &code.blocks {
+                self.blocks.remove(block);
+                self.straddling.remove(block);
+            }
+        }
+    }
+
+    /// Drops the code of pages that have changed.
+    fn drop_changed(&mut self, memory: &GuestMemory) {
+        let changed =
+            |page: usize, code: &PageCode| memory.version(page).load(Ordering::SeqCst) != code.version;
+        let pages: Vec<usize> =
+            self.pages.iter().filter(|&(&page, code)| changed(page, code)).map(|(&page, _)| page).collect();
+        pages.into_iter().for_each(|page| self.drop_page(page));
+    }
+
+    /// Remembers that a block lies on a page.
+    fn keep(&mut self, id: u64, page: usize, version: u32) {
+        if self.pages.get(&page).is_some_and(|code| code.version != version) {
+            // It has changed since its other blocks were made.
+            self.drop_page(page);
+        }
+        let code = self.pages.entry(page).or_insert(PageCode { version, blocks: Vec::new() });
+        code.blocks.push(id);
+    }
+
+    /// Code that goes on at an offset of the running page through the jump cache.
+    fn by_way_of_dispatch(&mut self, at: u16) -> Entry {
+        let mut asm = asm::Asm::new(self.memory.next());
+        let from_host = asm.here();
+        asm.save_flags(glue::STATUS, asm::R9);
+        let from_memory = asm.here();
+        asm.load(asm::R8, glue::BASE);
+        asm.lea(asm::R8, asm::Mem::At(asm::R8, i32::from(at)));
+        asm.jmp(self.glue.dispatch);
+        // There is room: more than this was reserved.
+        let added = self.memory.add(&asm.code, &[]);
+        debug_assert!(added);
+        Entry { from_memory, from_host, live: table::STATUS_FLAGS }
+    }
+}
+
+impl Cpu {
+    /// Whether what runs now can be translated.
+    #[inline(always)]
+    pub(crate) fn translates(&self) -> bool {
+        self.mode.code == CodeSize::Bits64 && self.jit.is_some()
+    }
+
+    /// Whether another thread wants something.
+    #[inline(always)]
+    pub(crate) fn attention(&self) -> bool {
+        self.mailbox.attention.load(Ordering::Relaxed) != 0
+    }
+
+    fn code_key(&self) -> Key {
+        let sse = self.cr0 & (cr0::EM | cr0::TS) == 0 && self.cr4 & cr4::OSFXSR != 0;
+        let avx = sse && self.cr4 & cr4::OSXSAVE != 0 && self.xcr0 & 6 == 6;
+        let masked = self.fpu.masked();
+        let mut bits = if self.mode.cpl == 3 { Key::USER } else { 0 };
+        for (is, bit) in [(sse, Key::SSE), (avx, Key::AVX), (masked, Key::MASKED)] {
+            bits |= if is { bit } else { 0 };
+        }
+        Key(bits)
+    }
+
+    /// A number that differs whenever a linear address may lead to other code.
+    pub(crate) fn code_stamp(&self) -> u64 {
+        self.tlb.stamp() << Key::BITS | u64::from(self.code_key().0)
+    }
+
+    /// After decoded code was overwritten: forgets what was made of it.
+    #[inline(always)]
+    pub(crate) fn notice_changed_code(&mut self) {
+        let epoch = self.memory.epoch();
+        if epoch != self.code_epoch {
+            self.changed_code(epoch);
+        }
+    }
+
+    #[cold]
+    fn changed_code(&mut self, epoch: u32) {
+        self.tlb.code_changed();
+        let Some(jit) = &mut self.jit else {
+            self.code_epoch = epoch;
+            return;
+        };
+        let changes = self.memory.changed_since(self.code_epoch);
+        self.code_epoch = changes.epoch;
+        match changes.pages {
+            Some(pages) => pages.iter().for_each(|&page| jit.drop_page(page)),
+            None => jit.drop_changed(&self.memory),
+        }
+    }
+
+    /// Runs translated code until something wants to be looked at, or what comes next cannot be translated.
+    pub(crate) fn execute_translated(&mut self) {
+        while !self.look && !self.attention() && self.translates() {
+            self.notice_changed_code();
+            let linear = self.rip;
+            match self.find_code(linear) {
+                Ok(Found::Code(code)) => self.enter_code(code),
+                Ok(Found::Step) => self.step_and_deliver(),
+                Err(crate::fault::Abort) => {
+                    self.undo_transfer();
+                    self.deliver_raised(None);
+                }
+            }
+        }
+    }
+
+    /// A transfer to an address that is not canonical is at fault itself, not what lies there.
+    fn undo_transfer(&mut self) {
+        let origin = Origin(std::mem::take(&mut self.hot.origin));
+        if origin.0 & Origin::VALID == 0 || self.canonical(self.rip) {
+            return;
+        }
+        self.rip = self.hot.base.wrapping_add(origin.at());
+        let sp = self.regs.r64(crate::regs::at::RSP).wrapping_sub(origin.dropped() as u64);
+        self.regs.set64(crate::regs::at::RSP, sp);
+    }
+
+    /// The code for a linear address: from the jump cache, from the blocks, or made now.
+    fn find_code(&mut self, linear: u64) -> Exec<Found> {
+        let Some(mut jit) = self.jit.take() else { return Ok(Found::Step) };
+        let found = self.find_code_in(&mut jit, linear);
+        self.jit = Some(jit);
+        found
+    }
+
+    fn find_code_in(&mut self, jit: &mut Jit, linear: u64) -> Exec<Found> {
+        let link = std::mem::replace(&mut self.hot.link, NO_LINK);
+        let stamp = self.code_stamp();
+        let jump = jit.jumps[Jit::slot(linear)];
+        if link == NO_LINK && jump.linear == linear && jump.stamp == stamp {
+            return Ok(Found::Code(jump.code));
+        }
+        let page = self.code_page(linear)?;
+        let key = self.code_key();
+        let id = (page.gpa | linear % PAGE) << Key::BITS | u64::from(key.0);
+        let code = match jit.blocks.get(&id) {
+            Some(entry) if !jit.straddling.contains_key(&id) => entry.from_memory,
+            // One that straddles pages is known by both.
+            _ => match self.translate_code(jit, linear, id, key)? {
+                Some(code) => code,
+                None => return Ok(Found::Step),
+            },
+        };
+        if let (Some(open), Some(entry)) = (jit.links.get(link as usize), jit.blocks.get(&id))
+            && open.target == id
+        {
+            jit.memory
+                .link(open.link.end, if open.link.in_host { entry.from_host } else { entry.from_memory });
+        }
+        if jit.chain {
+            // Translating may have made others flush us.
+            jit.jumps[Jit::slot(linear)] = Jump { linear, stamp: self.code_stamp(), code, unused: 0 };
+        }
+        Ok(Found::Code(code))
+    }
+
+    /// Makes code for what lies at `linear`, the block `id`. `None`: it cannot be translated.
+    fn translate_code(&mut self, jit: &mut Jit, linear: u64, id: u64, key: Key) -> Exec<Option<u64>> {
+        if self.thunks.full() {
+            self.blocks.clear();
+            self.thunks.clear();
+            jit.clear();
+        }
+        if jit.memory.room() < RESERVE {
+            jit.clear();
+            self.stats.translations.flushes += 1;
+        }
+        let at = (linear % PAGE) as u16;
+        let prefix = id & !((PAGE << Key::BITS) - 1) | u64::from(key.0);
+        let shared = self.shared.clone();
+        loop {
+            let first = self.code_page(linear)?;
+            let mut bytes = [0u8; PAGE as usize + 16];
+            crate::decode::copy_code(&first, 0, &mut bytes[..PAGE as usize]);
+            let known = |at: u16| jit.blocks.get(&(prefix | u64::from(at) << Key::BITS)).copied();
+            let (most, on, cpuid) = (jit.most, jit.chain, &shared.cpuid);
+            let source = Source { page: &bytes, len: PAGE as usize, key, most, on, known: &known, cpuid };
+            let mut insns = translate::decode(&source, at, &mut jit.table);
+            let mut second = None;
+            if insns.is_empty() && u64::from(at) + 15 > PAGE {
+                let page = self.code_page((linear | (PAGE - 1)).wrapping_add(1))?;
+                if let Some(&code) = jit.straddling.get(&id).and_then(|known| known.get(&page.gpa)) {
+                    return Ok(Some(code));
+                }
+                crate::decode::copy_code(&page, 0, &mut bytes[PAGE as usize..]);
+                let source =
+                    Source { page: &bytes, len: bytes.len(), key, most: 1, on, known: &known, cpuid };
+                insns = translate::decode(&source, at, &mut jit.table);
+                second = Some(page);
+            }
+            let Some(last) = insns.last() else { return Ok(None) };
+            let len = (last.end() - at) as usize;
+            let on_first = len.min(PAGE as usize - at as usize);
+            let pieces = [(first, at as usize, on_first), (second.unwrap_or(first), 0, len - on_first)];
+            let Some(versions) = self.watch_code(pieces) else { continue };
+            // From here on a write raises the version; what was read before may be stale already.
+            let mut again = [0u8; MAX_INSTRUCTIONS * 15];
+            crate::decode::copy_code(&first, at as usize, &mut again[..on_first]);
+            if let Some(second) = &second {
+                crate::decode::copy_code(second, 0, &mut again[on_first..len]);
+            }
+            if again[..len] != bytes[at as usize..at as usize + len] {
+                continue;
+            }
+            let ops = self.operations(&mut jit.ops, &bytes, &insns);
+            let known = |at: u16| jit.blocks.get(&(prefix | u64::from(at) << Key::BITS)).copied();
+            let request = Request {
+                page: &bytes,
+                key,
+                glue: jit.glue,
+                first_link: jit.links.len(),
+                known: &known,
+                cpuid: &shared.cpuid,
+                chain: jit.chain,
+            };
+            let origin = jit.memory.next();
+            let aside = |len| jit.memory.next_aside(len);
+            let made = translate::translate(origin, aside, request, &mut insns, &ops, &mut jit.table);
+            let Some(Made { code, aside, entry, links }) = made else { return Ok(None) };
+            dump::block(linear, origin, &insns, &code);
+            if !jit.memory.add(&code, &aside) {
+                return Ok(None);
+            }
+            for link in links {
+                jit.links.push(OpenLink { link, target: prefix | u64::from(link.target) << Key::BITS });
+            }
+            jit.keep(id, first.index, versions[0]);
+            if let Some(second) = second {
+                jit.keep(id, second.index, versions[1]);
+                jit.straddling.entry(id).or_default().insert(second.gpa, entry.from_memory);
+                if !jit.blocks.contains_key(&id) {
+                    let entry = jit.by_way_of_dispatch(at);
+                    jit.blocks.insert(id, entry);
+                }
+            } else {
+                jit.blocks.insert(id, entry);
+            }
+            let made = &mut self.stats.translations;
+            made.blocks += 1;
+            made.instructions += insns.len() as u64;
+            made.bytes += (code.len() + aside.len()) as u64;
+            return Ok(Some(entry.from_memory));
+        }
+    }
+
+    /// The operations for those instructions that have none but their handlers.
+    fn operations(
+        &mut self,
+        #[expect(clippy::vec_box, reason = "as in `Jit`")] ops: &mut Vec<Box<Op>>,
+        page: &[u8],
+        insns: &[translate::Decoded],
+    ) -> Vec<Option<*const Op>> {
+        insns
+            .iter()
+            .map(|d| {
+                if !matches!(d.info.class, table::Class::Handler | table::Class::Divide) {
+                    return None;
+                }
+                let op = Box::new(self.operation(&d.insn, &page[d.at as usize..], d.at as usize));
+                let at: *const Op = &raw const *op;
+                ops.push(op);
+                Some(at)
+            })
+            .collect()
+    }
+
+    /// Runs translated code at `code` until it is left.
+    fn enter_code(&mut self, code: u64) {
+        let Some(jit) = &mut self.jit else { return };
+        let enter = jit.glue.enter;
+        self.hot.jumps = jit.jumps.as_mut_ptr();
+        self.hot.attention = &raw const self.mailbox.attention;
+        self.hot.base = self.rip & !(PAGE - 1);
+        self.hot.stamp = self.code_stamp();
+        self.hot.link = NO_LINK;
+        self.hot.origin = 0;
+        let cpu: *mut Cpu = self;
+        // SAFETY: the code was made by `glue` and `translate` for this processor, which GS points to while it runs: nothing
+        // else in this process uses GS. The helpers that it calls make their reference from the same pointer, and none
+        // is used here meanwhile.
+        unsafe {
+            (*cpu).hot.this = cpu;
+            set_gs_base(cpu as u64);
+            let enter: extern "sysv64" fn(u64) = std::mem::transmute(enter as *const ());
+            enter(code);
+        }
+    }
+
+    /// Runs the block at RIP, alone, leaving what it raises in [`Cpu::raised`]: for comparisons. False if it cannot be
+    /// translated, or cannot be fetched (see there).
+    pub(crate) fn run_one_block(&mut self) -> bool {
+        self.notice_changed_code();
+        self.raised = crate::fault::Raised::None;
+        self.hot.keep_raised = true;
+        let entered = match self.find_code(self.rip) {
+            Ok(Found::Code(code)) => {
+                self.enter_code(code);
+                if !self.canonical(self.rip) {
+                    self.undo_transfer();
+                    let _ = self.gp(0);
+                }
+                true
+            }
+            _ => false,
+        };
+        self.hot.keep_raised = false;
+        entered
+    }
+}
+
+/// Points GS at the processor.
+fn set_gs_base(base: u64) {
+    if fsgsbase() {
+        // SAFETY: the instruction is enabled (checked); nothing else in this process uses GS.
+        unsafe { asm!("wrgsbase {}", in(reg) base, options(nostack, preserves_flags)) };
+        return;
+    }
+    const ARCH_SET_GS: libc::c_int = 0x1001;
+    thread_local! { static CURRENT: std::cell::Cell<u64> = const { std::cell::Cell::new(0) }; }
+    if CURRENT.get() != base {
+        // SAFETY: as above.
+        unsafe { libc::syscall(libc::SYS_arch_prctl, ARCH_SET_GS, base) };
+        CURRENT.set(base);
+    }
+}
+
+/// Whether the system lets programs use WRGSBASE.
+fn fsgsbase() -> bool {
+    use std::sync::OnceLock;
+    static ENABLED: OnceLock<bool> = OnceLock::new();
+    const HWCAP2_FSGSBASE: u64 = 1 << 1;
+    // SAFETY: reads the auxiliary vector.
+    *ENABLED.get_or_init(|| unsafe { libc::getauxval(libc::AT_HWCAP2) } & HWCAP2_FSGSBASE != 0)
+}

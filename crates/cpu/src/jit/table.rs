@@ -1,0 +1,352 @@
+//! What the translator knows of each instruction code, found out when the code is first met.
+
+use iced_x86::{
+    Code, EncodingKind, Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpCodeOperandKind, OpKind,
+};
+use skep_hv::cpuid::CpuidTable;
+
+use crate::native;
+
+/// How an instruction is translated.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Class {
+    /// Runs as it is, with its operands put in place.
+    Plain,
+    /// Does nothing.
+    Nothing,
+    /// LEA.
+    Lea,
+    Push,
+    Pop,
+    Leave,
+    /// DIV and IDIV of 32 and 64 bits.
+    Divide,
+    /// Direct jump.
+    Jump,
+    /// Conditional jump.
+    Branch,
+    /// Direct call.
+    Call,
+    /// Near return.
+    Return,
+    JumpIndirect,
+    CallIndirect,
+    /// Runs in the interpreter's handler.
+    Handler,
+}
+
+/// Which field of the encoding names an operand.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Field {
+    /// None, or no general register.
+    None,
+    Reg,
+    Rm,
+    Vvvv,
+    Opcode,
+}
+
+/// What follows from an instruction's code.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Info {
+    pub(super) class: Class,
+    pub(super) fields: [Field; 4],
+    /// Operands that are written, by bit.
+    pub(super) written: u8,
+    /// VEX-encoded; else legacy.
+    pub(super) vex: bool,
+    /// Has a ModRM byte.
+    pub(super) modrm: bool,
+    /// Status flags change only if a count in CL is not zero.
+    pub(super) counted: bool,
+    pub(super) vector: bool,
+    pub(super) avx: bool,
+    /// Depends on MXCSR.
+    pub(super) arithmetic: bool,
+    /// The memory operand must be aligned.
+    pub(super) aligned: bool,
+    /// Status flags, as RFLAGS bits.
+    pub(super) flags_read: u16,
+    pub(super) flags_changed: u16,
+}
+
+/// The status flags in RFLAGS.
+pub(super) const STATUS_FLAGS: u16 = 0x8d5;
+
+/// All that is known so far.
+pub(super) struct Table {
+    known: Vec<Option<Box<Info>>>,
+    factory: InstructionInfoFactory,
+}
+
+impl Table {
+    pub(super) fn new() -> Self {
+        let known = std::iter::repeat_with(|| None).take(2 * Code::values().len()).collect();
+        Self { known, factory: InstructionInfoFactory::new() }
+    }
+
+    pub(super) fn get(&mut self, insn: &Instruction, cpuid: &CpuidTable) -> &Info {
+        let Self { known, factory } = self;
+        // With an operand in memory it may be quite another thing.
+        let memory = insn.op_kinds().any(|kind| kind == OpKind::Memory);
+        known[2 * insn.code() as usize + usize::from(memory)]
+            .get_or_insert_with(|| Box::new(look(insn, cpuid, factory)))
+    }
+}
+
+fn look(insn: &Instruction, cpuid: &CpuidTable, factory: &mut InstructionInfoFactory) -> Info {
+    let encoding = insn.code().encoding();
+    let kinds = insn.op_code();
+    let mut info = Info {
+        class: Class::Handler,
+        fields: std::array::from_fn(|i| kinds.op_kinds().get(i).map_or(Field::None, |&k| field(k))),
+        written: 0,
+        vex: encoding == EncodingKind::VEX,
+        modrm: has_modrm(insn),
+        counted: false,
+        vector: false,
+        avx: false,
+        arithmetic: false,
+        aligned: false,
+        flags_read: flags(insn.rflags_read()),
+        flags_changed: flags(insn.rflags_modified()),
+    };
+    if !matches!(encoding, EncodingKind::Legacy | EncodingKind::VEX) {
+        return info;
+    }
+    let used = factory.info(insn);
+    for i in 0..insn.op_count().min(4) {
+        let writes = matches!(
+            used.op_access(i),
+            OpAccess::Write | OpAccess::CondWrite | OpAccess::ReadWrite | OpAccess::ReadCondWrite
+        );
+        info.written |= u8::from(writes) << i;
+    }
+    if let Some(changed) = counted(insn) {
+        // What an instruction says of itself depends on its count.
+        info.counted = true;
+        info.flags_changed = changed;
+        info.flags_read = if matches!(insn.mnemonic(), Mnemonic::Rcl | Mnemonic::Rcr) { 1 } else { 0 };
+    }
+    info.class = class(insn);
+    if info.class != Class::Handler || is_general(insn) {
+        if is_general(insn) {
+            info.class = Class::Plain;
+        }
+        return info;
+    }
+    if let Some(direct) = native::direct(insn, cpuid) {
+        info.class = Class::Plain;
+        (info.vector, info.avx) = (direct.vector, direct.avx);
+        (info.arithmetic, info.aligned) = (direct.arithmetic, direct.aligned);
+    }
+    info
+}
+
+fn flags(bits: u32) -> u16 {
+    use iced_x86::RflagsBits as B;
+    [(B::CF, 1), (B::PF, 4), (B::AF, 0x10), (B::ZF, 0x40), (B::SF, 0x80), (B::OF, 0x800)]
+        .iter()
+        .filter(|(bit, _)| bits & bit != 0)
+        .fold(0, |all, (_, flag)| all | flag)
+}
+
+/// What has a form of its own.
+fn class(insn: &Instruction) -> Class {
+    use Mnemonic as M;
+    let wide = |i: u32| match insn.op_kind(i) {
+        OpKind::Register => insn.op_register(i).size() == 8,
+        OpKind::Memory => insn.memory_size().size() == 8,
+        _ => false,
+    };
+    match insn.mnemonic() {
+        M::Lea => Class::Lea,
+        M::Nop | M::Endbr64 | M::Endbr32 | M::Rdsspd | M::Rdsspq => Class::Nothing,
+        M::Prefetchnta | M::Prefetcht0 | M::Prefetcht1 | M::Prefetcht2 | M::Prefetchw | M::Prefetch => {
+            Class::Nothing
+        }
+        M::Push => match insn.code() {
+            Code::Push_r64 | Code::Push_rm64 | Code::Pushq_imm8 | Code::Pushq_imm32 => Class::Push,
+            _ => Class::Handler,
+        },
+        M::Pop if matches!(insn.code(), Code::Pop_r64 | Code::Pop_rm64) => Class::Pop,
+        M::Leave if insn.code() == Code::Leaveq => Class::Leave,
+        M::Div | M::Idiv
+            if matches!(insn.code(), Code::Div_rm32 | Code::Div_rm64 | Code::Idiv_rm32 | Code::Idiv_rm64) =>
+        {
+            Class::Divide
+        }
+        M::Jmp => match insn.op0_kind() {
+            OpKind::NearBranch64 => Class::Jump,
+            OpKind::Register | OpKind::Memory if insn.code() == Code::Jmp_rm64 && wide(0) => {
+                Class::JumpIndirect
+            }
+            _ => Class::Handler,
+        },
+        M::Call => match insn.op0_kind() {
+            OpKind::NearBranch64 => Class::Call,
+            OpKind::Register | OpKind::Memory if insn.code() == Code::Call_rm64 && wide(0) => {
+                Class::CallIndirect
+            }
+            _ => Class::Handler,
+        },
+        M::Ret if matches!(insn.code(), Code::Retnq | Code::Retnq_imm16) => Class::Return,
+        _ if insn.code().is_jcc_short_or_near() && insn.op0_kind() == OpKind::NearBranch64 => Class::Branch,
+        _ => Class::Handler,
+    }
+}
+
+/// Integer instructions that every processor has and that need nothing but their operands.
+fn is_general(insn: &Instruction) -> bool {
+    use Mnemonic as M;
+    let general = |i: u32| insn.op_kind(i) != OpKind::Register || insn.op_register(i).is_gpr();
+    match insn.mnemonic() {
+        M::Add
+        | M::Adc
+        | M::Sub
+        | M::Sbb
+        | M::And
+        | M::Or
+        | M::Xor
+        | M::Cmp
+        | M::Test
+        | M::Inc
+        | M::Dec
+        | M::Neg
+        | M::Not
+        | M::Mul
+        | M::Imul
+        | M::Shl
+        | M::Sal
+        | M::Shr
+        | M::Sar
+        | M::Rol
+        | M::Ror
+        | M::Rcl
+        | M::Rcr
+        | M::Shld
+        | M::Shrd
+        | M::Bt
+        | M::Bts
+        | M::Btr
+        | M::Btc
+        | M::Movzx
+        | M::Movsx
+        | M::Movsxd
+        | M::Xchg
+        | M::Xadd
+        | M::Cmpxchg
+        | M::Cmpxchg8b
+        | M::Cmpxchg16b
+        | M::Cbw
+        | M::Cwde
+        | M::Cdqe
+        | M::Cwd
+        | M::Cdq
+        | M::Cqo
+        | M::Clc
+        | M::Stc
+        | M::Cmc
+        | M::Lahf
+        | M::Sahf
+        | M::Lfence
+        | M::Mfence
+        | M::Sfence => true,
+        M::Bswap => insn.op0_register().size() > 2,
+        // Not to control, debug and segment registers, nor the forms with a 64-bit address.
+        M::Mov => {
+            general(0)
+                && general(1)
+                && !matches!(
+                    insn.code(),
+                    Code::Mov_AL_moffs8
+                        | Code::Mov_AX_moffs16
+                        | Code::Mov_EAX_moffs32
+                        | Code::Mov_RAX_moffs64
+                        | Code::Mov_moffs8_AL
+                        | Code::Mov_moffs16_AX
+                        | Code::Mov_moffs32_EAX
+                        | Code::Mov_moffs64_RAX
+                )
+        }
+        _ => is_conditional(insn),
+    }
+}
+
+/// CMOVcc and SETcc.
+fn is_conditional(insn: &Instruction) -> bool {
+    insn.condition_code() != iced_x86::ConditionCode::None
+        && insn.flow_control() == iced_x86::FlowControl::Next
+        && !insn
+            .op_kinds()
+            .any(|k| matches!(k, OpKind::NearBranch16 | OpKind::NearBranch32 | OpKind::NearBranch64))
+        && insn.code().encoding() == EncodingKind::Legacy
+        && (0..insn.op_count()).all(|i| insn.op_kind(i) != OpKind::Register || insn.op_register(i).is_gpr())
+}
+
+/// The status flags that shifts and rotates change, if they shift at all.
+fn counted(insn: &Instruction) -> Option<u16> {
+    use Mnemonic as M;
+    match insn.mnemonic() {
+        M::Shl | M::Sal | M::Shr | M::Sar | M::Shld | M::Shrd => Some(STATUS_FLAGS),
+        // CF and OF.
+        M::Rol | M::Ror | M::Rcl | M::Rcr => Some(0x801),
+        _ => None,
+    }
+}
+
+fn field(kind: OpCodeOperandKind) -> Field {
+    use OpCodeOperandKind as K;
+    match kind {
+        K::r8_reg
+        | K::r16_reg
+        | K::r32_reg
+        | K::r64_reg
+        | K::r16_reg_mem
+        | K::r32_reg_mem
+        | K::r64_reg_mem => Field::Reg,
+        K::r8_or_mem | K::r16_or_mem | K::r32_or_mem | K::r64_or_mem | K::r16_rm | K::r32_rm | K::r64_rm => {
+            Field::Rm
+        }
+        K::r32_or_mem_mpx | K::r64_or_mem_mpx => Field::Rm,
+        K::r32_vvvv | K::r64_vvvv => Field::Vvvv,
+        K::r8_opcode | K::r16_opcode | K::r32_opcode | K::r64_opcode => Field::Opcode,
+        _ => Field::None,
+    }
+}
+
+fn has_modrm(insn: &Instruction) -> bool {
+    let info = insn.op_code();
+    info.group_index() >= 0
+        || info.rm_group_index() >= 0
+        || info.op_kinds().iter().any(|kind| {
+            use OpCodeOperandKind as K;
+            !matches!(
+                kind,
+                K::None
+                    | K::imm8
+                    | K::imm8_const_1
+                    | K::imm8sex16
+                    | K::imm8sex32
+                    | K::imm8sex64
+                    | K::imm16
+                    | K::imm32
+                    | K::imm32sex64
+                    | K::imm64
+                    | K::al
+                    | K::cl
+                    | K::ax
+                    | K::dx
+                    | K::eax
+                    | K::rax
+                    | K::r8_opcode
+                    | K::r16_opcode
+                    | K::r32_opcode
+                    | K::r64_opcode
+                    | K::xbegin_2
+                    | K::xbegin_4
+                    | K::br64_1
+                    | K::br64_4
+            )
+        })
+}
