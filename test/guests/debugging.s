@@ -209,9 +209,10 @@ steps_ss:
         breakpoint 0, loop_middle(%rip), EXECUTE, 1
         mov     $100, %ecx
         call    *%r13
+        mov     %ebx, %r12d
         no_breakpoints
         logged  20, 10, 1, loop_middle
-        cmp     $200, %ebx
+        cmp     $200, %r12d
         expect  e, 21
         mov     $MILLION / 10, %ecx
         call    *%r13
@@ -231,9 +232,10 @@ steps_ss:
         breakpoint 1, loop_end(%rip), EXECUTE, 1
         mov     $100, %ecx
         call    *%r13
+        mov     %ebx, %r12d
         no_breakpoints
         logged  24, 1, 2, loop_end
-        cmp     $200, %ebx
+        cmp     $200, %r12d
         expect  e, 25
 
 # 26: on where a call returns to. 27: on a function's entry, and 28: on what falls into it. 29: on a string instruction: once. 30: on one in two pages. 31:
@@ -341,12 +343,12 @@ steps_ss:
         no_breakpoints
         cmpl    $0, count(%rip)
         expect  e, 44
-        mov     %rsp, %rbx
+        mov     %rsp, %r14
         lea     variable + 8(%rip), %rsp
         listen  100
         breakpoint 0, variable(%rip), WRITE, 4
         push    %rax
-1:      mov     %rbx, %rsp
+1:      mov     %r14, %rsp
         no_breakpoints
         logged  45, 1, 1, 1b
         listen  100
@@ -354,7 +356,7 @@ steps_ss:
         breakpoint 0, variable(%rip), WRITE, 4
         call    1f
         nop
-1:      mov     %rbx, %rsp
+1:      mov     %r14, %rsp
         no_breakpoints
         logged  46, 1, 1, 1b
         listen  100
@@ -364,7 +366,7 @@ steps_ss:
         breakpoint 0, variable(%rip), ACCESS, 4
         ret
         nop
-1:      mov     %rbx, %rsp
+1:      mov     %r14, %rsp
         no_breakpoints
         logged  47, 1, 1, 1b
         data    48, 1, "xchg %eax, (%rdi)"
@@ -431,6 +433,7 @@ steps_ss:
         listen  100
         breakpoint 0, variable(%rip), WRITE, 1
         mov     $HOT, %ecx
+        movl    $0, other_variable(%rip)
         xor     %ebx, %ebx
 1:      incl    other_variable(%rip)
         add     other_variable(%rip), %ebx
@@ -488,6 +491,7 @@ all_logged:
         jne     2f
         inc     %ebx
         loop    1b
+        cmp     %eax, %eax
 2:      ret
 
 # RSI: addresses, then 0. Each has been logged, as a single step and in this order.
