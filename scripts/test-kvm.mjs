@@ -1,9 +1,10 @@
 // npm run test:kvm: the tests that need a real KVM, on this machine's own if its processor has VT-x or SVM, else in L1 (a host
 // that QEMU emulates, docs/testing.md). `npm run test:kvm -- cargo`, `-- boot` run a part, --file PATH
-// (repeatable) those boot tests alone; --l1 takes L1 in any case.
+// (repeatable) those boot tests alone; --l1 takes L1 in any case, a fresh one for each part; --timeout
+// MINUTES is for each, --tries N where L1 fails.
 // Ends with one line of totals on stdout; the exit status is non-zero if anything failed.
-import { createWriteStream, mkdirSync, rmSync } from 'node:fs'
-import { dirname, join } from 'node:path'
+import { createWriteStream, mkdirSync, readdirSync, rmSync } from 'node:fs'
+import { basename, dirname, join } from 'node:path'
 import { parseArgs } from 'node:util'
 import { build, isCompiling } from './lib/build.mjs'
 import { hardwareKvm } from './lib/kvm.mjs'
@@ -24,11 +25,14 @@ const CRATES = { 'skep-kvm': [], 'skep-machine': ['kvm'] }
 /** Guests of up to 2 GiB run in it, and what tests write is in memory. */
 const L1 = { memory: '5G' }
 /** Bad input is refused before a processor runs, and 50 starts of the command take 5 minutes in L1. */
-const WITHOUT_GUESTS = ['--exclude', 'test/boot/refusals.test.ts']
+const WITHOUT_GUESTS = 'refusals.test.ts'
+const BOOT_TESTS = 'test/boot'
 /** Where a boot takes half a minute, fewer of them; the environment of the same name has precedence. */
 const FEWER_IN_L1 = { SKEP_BOOTS: '5', SKEP_CYCLES: '40' }
-/** For all of it, in minutes. */
-const TIMEOUT = '45'
+/** For each part, in minutes: the tests of the crates, or one file of boot tests. */
+const TIMEOUT = '20'
+/** How often a part is tried where L1 itself fails, which stands still at times (docs/testing.md). What fails in it is not. */
+const TRIES = '3'
 
 /** Builds the test programs; how each is run. */
 async function cargoCommands() {
@@ -50,50 +54,53 @@ async function cargoCommands() {
 }
 
 async function cargoPart() {
-  let results = 0
-  const totals = new Totals()
+  const commands = await cargoCommands()
   return {
     title: 'cargo test under KVM',
     log: 'cargo-test-kvm',
-    commands: await cargoCommands(),
+    commands,
     milestone: isCargoFailure,
-    onLine(line) {
-      const result = libtestResult(line)
-      if (!result) return
-      results += 1
-      totals.add(result)
-    },
-    finish(statuses) {
+    finish(statuses, lines) {
+      const totals = new Totals()
+      const results = lines.map(libtestResult).filter(Boolean)
+      for (const result of results) totals.add(result)
       // A program that died before its last line has not said what failed.
-      totals.add({ failed: Math.max(0, statuses.length - results) })
+      totals.add({ failed: Math.max(0, statuses.length - results.length) })
       if (statuses.some((status) => status !== 0) && totals.failed === 0) totals.add({ failed: 1 })
       return totals
     },
   }
 }
 
-/** The end-to-end tests. Their guests must be in the cache: L1 has no network. */
-async function bootPart(direct, files) {
+/** The end-to-end tests, each file a part. Their guests must be in the cache: L1 has no network. */
+async function bootParts(direct, chosen) {
   await step('prepare the guests', (step) =>
     run(bin('vitest'), ['run', '--project', 'guests'], { log: 'vitest-guests', step, env: { NO_COLOR: '1' } }),
   )
-  const report = join(state, 'vitest-boot-kvm.json')
   mkdirSync(state, { recursive: true })
-  rmSync(report, { force: true })
+  const all = readdirSync(join(root, BOOT_TESTS)).filter((name) => name.endsWith('.test.ts') && name !== WITHOUT_GUESTS)
+  const files = chosen.length > 0 ? chosen : all.sort().map((name) => join(BOOT_TESTS, name))
   const fewer = Object.entries(direct ? {} : FEWER_IN_L1).map(([name, value]) => [name, process.env[name] ?? value])
+  return files.map((file) => bootPart(file, Object.fromEntries(fewer)))
+}
+
+function bootPart(file, env) {
+  const name = basename(file, '.test.ts')
+  const report = join(state, `vitest-boot-kvm-${name}.json`)
   const vitest = join(root, 'node_modules/vitest/vitest.mjs')
   const reporters = ['--reporter=verbose', '--reporter=json', `--outputFile.json=${report}`]
   return {
-    title: 'vitest boot under KVM',
-    log: 'vitest-boot-kvm',
+    title: `vitest boot under KVM: ${name}`,
+    log: `vitest-boot-kvm-${name}`,
     commands: [
       {
-        args: [process.execPath, vitest, 'run', '--project', 'boot', ...files, ...WITHOUT_GUESTS, ...reporters],
+        args: [process.execPath, vitest, 'run', '--project', 'boot', file, ...reporters],
         cwd: root,
-        env: { SKEP_TEST_ACCEL: 'kvm', NO_COLOR: '1', ...Object.fromEntries(fewer) },
+        env: { SKEP_TEST_ACCEL: 'kvm', NO_COLOR: '1', ...env },
       },
     ],
     milestone: isVitestMilestone,
+    prepare: () => rmSync(report, { force: true }),
     finish([status]) {
       const totals = new Totals()
       try {
@@ -107,51 +114,41 @@ async function bootPart(direct, files) {
   }
 }
 
-/** Shows the lines of a part as they come, keeps them in a file, and adds up what they tell. */
-async function follow({ title, log, milestone, onLine, finish }, ended, listen) {
+/** Runs the script of a part by `start`, shows its lines as they come, keeps them in a file, and adds up what they tell. */
+async function runPart({ title, log, commands, milestone, prepare, finish }, start) {
   mkdirSync(logs, { recursive: true })
+  prepare?.()
   const file = createWriteStream(join(logs, `${log}.log`))
+  const marks = markers()
+  const seen = []
   let totals
   await step(title, async (step) => {
-    listen((line) => {
+    await start(script(commands), (line) => {
+      if (marks.take(line)) return
       file.write(`${line}\n`)
-      onLine?.(line)
+      seen.push(plain(line))
       step.note(line, { milestone: milestone(plain(line)) })
     })
-    totals = finish(await ended)
+    const { statuses } = marks
+    if (statuses.length < commands.length) throw new Failure('the tests ended before their end')
+    totals = finish(statuses, seen)
     return `${totals}`
   }).finally(() => file.end())
   return totals
 }
 
-/** Runs the script of all parts by `start`, which tells its lines, and each part as a step of its own. */
-async function runParts(parts, start) {
-  const marks = markers(parts.map(({ commands }) => commands.length))
-  let listener
-  const running = start(script(parts.flatMap(({ commands }) => commands)), (line) => {
-    if (!marks.take(line)) listener?.(line)
-  })
-  const early = running.then((status) => {
-    throw new Failure(`the tests ended before their end, with status ${status}`)
-  })
-  early.catch(() => {})
-  const totals = new Totals()
-  try {
-    for (const [index, part] of parts.entries()) {
-      const ended = Promise.race([marks.ended(index), early])
-      const listen = (onLine) => {
-        listener = onLine
-      }
-      totals.add(await follow(part, ended, listen))
+/** The same, again where that which runs it has failed; a part that never comes to its end is one failure. */
+async function tryPart(part, start, tries) {
+  for (let left = tries - 1; ; left--) {
+    try {
+      return await runPart(part, start)
+    } catch (error) {
+      if (!(error instanceof Failure)) throw error
+      const again = left > 0
+      process.stderr.write(`\n${part.title}: ${error.message}${again ? '\n\ntrying it again' : ''}\n`)
+      if (!again) return { failed: 1 }
     }
-    await running
-  } catch (error) {
-    if (!(error instanceof Failure)) throw error
-    // What had passed until then still counts.
-    process.stderr.write(`\n${error.message}\n`)
-    totals.add({ failed: 1 })
   }
-  return totals
 }
 
 await main(async () => {
@@ -160,6 +157,7 @@ await main(async () => {
     options: {
       l1: { type: 'boolean', default: false },
       timeout: { type: 'string', default: TIMEOUT },
+      tries: { type: 'string', default: TRIES },
       file: { type: 'string', multiple: true, default: [] },
     },
     allowPositionals: true,
@@ -168,6 +166,8 @@ await main(async () => {
   if (unknown.length > 0) throw new Failure(`unknown part ${unknown.join(', ')}; there are ${PARTS.join(', ')}`, 2)
   const timeout = Number(values.timeout) * 60_000
   if (!(timeout > 0)) throw new Failure(`--timeout ${values.timeout}: a number of minutes is wanted`, 2)
+  const tries = Number(values.tries)
+  if (!(Number.isInteger(tries) && tries > 0)) throw new Failure(`--tries ${values.tries}: a number is wanted`, 2)
   const wanted = (part) => chosen.length === 0 || chosen.includes(part)
 
   const { usable, reason } = hardwareKvm()
@@ -177,17 +177,19 @@ await main(async () => {
   await build()
   const parts = []
   if (wanted('cargo')) parts.push(await cargoPart())
-  if (wanted('boot')) parts.push(await bootPart(direct, values.file))
+  if (wanted('boot')) parts.push(...(await bootParts(direct, values.file)))
   if (!direct) await prepareL1()
 
   process.stderr.write(`${reason}: ${direct ? 'testing on this machine' : 'testing in L1'}\n`)
-  const totals = await runParts(parts, (text, onLine) => {
+  const start = async (text, onLine) => {
     // timeout(1) ends all that the shell has started.
     const here = ['--kill-after=10', `${timeout / 1000}`, 'sh', '-c', text]
     if (direct) return run('timeout', here, { allowFailure: true, onLine })
     const onStdout = lines(onLine)
     return runInL1(['sh', '-c', text], { ...L1, timeout, writable: [state], onStdout, onStderr: onStdout })
-  })
+  }
+  const totals = new Totals()
+  for (const part of parts) totals.add(await tryPart(part, start, direct ? 1 : tries))
   process.stderr.write(`\n${duration(Date.now() - started)} in all; full output of every step: ${logs}\n`)
   process.stdout.write(`${totals}\n`)
   return totals.failed > 0 ? 1 : 0

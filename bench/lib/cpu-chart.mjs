@@ -30,9 +30,8 @@ export function picture({ lines, groups }, peers, about) {
     title,
     rows: lines.filter((line) => line.group === group).map((line) => row(line.name, line.ratios)),
   }))
-  const engine = about.options.engine ? `, ${about.options.engine}` : ''
   const series = [
-    { key: 'skep', label: `Skep, software CPU${engine}`, colour: SKEP },
+    { key: 'skep', label: `Skep, software CPU (${about.engine})`, colour: SKEP },
     ...(native && peers.includes('tcg') ? [{ key: 'tcg', label: 'QEMU TCG', colour: TCG }] : []),
   ]
   return chart({

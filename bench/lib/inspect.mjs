@@ -8,13 +8,14 @@ const kib = (text, name) => Number(text.match(new RegExp(`^${name}:\\s*(\\d+) kB
 
 /**
  * Memory of a process in bytes. `overhead` is its proportional set size (what it shares with other processes counts in
- * part) without guest memory; guest memory are its mappings of memfds, and of those the pages that are there count.
+ * part) without guest memory; guest memory are mappings as large as it (`size`, in bytes), and of those the pages that are there
+ * count.
  */
-export function memory(pid) {
+export function memory(pid, size) {
   const total = kib(readFileSync(`/proc/${pid}/smaps_rollup`, 'utf8'), 'Pss')
   const mappings = readFileSync(`/proc/${pid}/smaps`, 'utf8').split(/^(?=[0-9a-f]+-[0-9a-f]+ )/m)
   const guest = mappings
-    .filter((mapping) => /^\S+ \S+ \S+ \S+ \S+\s+\/memfd:/.test(mapping))
+    .filter((mapping) => kib(mapping, 'Size') >= size)
     .reduce((sum, mapping) => sum + kib(mapping, 'Pss'), 0)
   return { pss: total, guest, overhead: total - guest }
 }

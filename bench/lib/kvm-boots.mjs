@@ -8,10 +8,9 @@ const { contenders, runs, cpus, memoryMiB, kernel, initrd, cmdlines, marker, tim
   process.argv[2],
 )
 
-/** Only what every one of the machines has: memory, processors, one serial port. Guest memory is a memfd, as Skep's is. */
+/** Only what every one of the machines has: memory, processors, one serial port. */
 const qemuArgs = (machine, count, cmdline) => [
-  ...['-machine', `${machine},memory-backend=ram`, '-accel', accel === 'kvm' ? 'kvm' : 'tcg'],
-  ...['-object', `memory-backend-memfd,id=ram,size=${memoryMiB}M,share=on`],
+  ...['-machine', machine, '-accel', accel === 'kvm' ? 'kvm' : 'tcg'],
   ...['-cpu', accel === 'kvm' ? 'host' : 'max', '-smp', `${count}`, '-m', `${memoryMiB}M`],
   ...['-nodefaults', '-no-user-config', '-display', 'none', '-no-reboot', '-serial', 'stdio'],
   ...['-kernel', kernel, '-initrd', initrd, '-append', cmdline],
@@ -35,9 +34,13 @@ const START = {
   'qemu microvm': (count, cmdline) => [qemu, qemuArgs('microvm', count, cmdline)],
 }
 
-const inspect = (pid) => ({ memory: memory(pid), kernel: kernelCounts(pid) })
+const inspect = (pid) => ({ memory: memory(pid, memoryMiB << 20), kernel: kernelCounts(pid) })
+
+/** Tells whoever runs this from outside that a boot begins or has come to init: the line begins with ASCII's record separator. */
+const tell = (what, boot) => process.stderr.write(`\x1e${what} ${boot}\n`)
 
 const samples = []
+let boot = 0
 // Run 0 warms the page cache and is not kept.
 for (let run = 0; run <= runs; run++) {
   for (const [log, cmdline] of Object.entries(cmdlines)) {
@@ -45,8 +48,13 @@ for (let run = 0; run <= runs; run++) {
       for (const name of contenders) {
         const label = `${run === 0 ? 'warm-up' : `run ${run}/${runs}`}: ${name}, ${count} vCPU, ${log} log`
         try {
-          const result = await trial(...START[name](count, cmdline), { marker, timeout, inspect })
-          if (run > 0) samples.push({ name, cpus: count, log, run, ...result })
+          boot += 1
+          const result = await trial(...START[name](count, cmdline), {
+            ...{ marker, timeout, inspect },
+            onStart: () => tell('start', boot),
+            onMarker: () => tell('init', boot),
+          })
+          if (run > 0) samples.push({ name, cpus: count, log, run, boot, ...result })
           process.stderr.write(`${label}: ${(result.wallMs / 1000).toFixed(2)} s\n`)
         } catch (error) {
           process.stderr.write(`${label}: failed: ${error.message}\n`)

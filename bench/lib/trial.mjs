@@ -20,10 +20,12 @@ export function cpuTime(pid) {
  * @param {Record<string, string>} [options.marks] texts that show before: when they do becomes `NAMEMs` of the result
  * @param {(pid: number) => object} [options.inspect] looks at the process when the marker has shown, while it is stopped;
  *   what it returns becomes part of the result
+ * @param {() => void} [options.onStart] called when the program starts
+ * @param {() => void} [options.onMarker] called when the marker has shown
  * @returns {Promise<{ wallMs: number, cpuMs: number, [mark: string]: number, report?: unknown }>} `report` is what a program prints as JSON on
  *   its third descriptor once it is told to end (SIGTERM)
  */
-export function trial(command, args, { marker, marks = {}, timeout, inspect }) {
+export function trial(command, args, { marker, marks = {}, timeout, inspect, onStart, onMarker }) {
   return new Promise((resolve, reject) => {
     const started = performance.now()
     const child = spawn(command, args, { stdio: ['ignore', 'pipe', 'pipe', 'pipe'] })
@@ -32,6 +34,7 @@ export function trial(command, args, { marker, marks = {}, timeout, inspect }) {
     let report = ''
     let result
     const marked = {}
+    onStart?.()
     const timer = setTimeout(() => child.kill('SIGKILL'), timeout)
     child.stdout.setEncoding('latin1').on('data', (chunk) => {
       text += chunk
@@ -40,6 +43,7 @@ export function trial(command, args, { marker, marks = {}, timeout, inspect }) {
         if (text.includes(mark)) marked[`${name}Ms`] ??= performance.now() - started
       if (!text.includes(marker)) return
       result = { ...marked, wallMs: performance.now() - started, cpuMs: cpuTime(child.pid) }
+      onMarker?.()
       if (inspect) {
         child.kill('SIGSTOP')
         Object.assign(result, inspect(child.pid))

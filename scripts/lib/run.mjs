@@ -36,6 +36,7 @@ for (const signal of ['SIGINT', 'SIGTERM', 'SIGHUP']) {
  * @param {object} [options]
  * @param {string} [options.log] name of the log file; without it nothing is kept
  * @param {import('./progress.mjs').Step} [options.step] the step to tell
+ * @param {(pid: number) => void} [options.onSpawn] is told its process
  * @param {(line: string) => boolean} [options.milestone] which lines stay on the screen
  * @param {(line: string) => void} [options.onLine] every line of both streams
  * @param {NodeJS.ProcessEnv} [options.env] additions to the environment
@@ -43,7 +44,8 @@ for (const signal of ['SIGINT', 'SIGTERM', 'SIGHUP']) {
  * @param {AbortSignal} [options.signal] kills it; the abort is thrown
  * @returns {Promise<number>} exit status, 128 + n for a signal
  */
-export async function run(command, args, { log, step, milestone, onLine, env, signal, allowFailure = false } = {}) {
+export async function run(command, args, options = {}) {
+  const { log, step, milestone, onLine, onSpawn, env, signal, allowFailure = false } = options
   let file
   if (log) {
     mkdirSync(logs, { recursive: true })
@@ -59,6 +61,7 @@ export async function run(command, args, { log, step, milestone, onLine, env, si
     killSignal: 'SIGKILL',
   })
   children.add(child)
+  if (child.pid !== undefined) onSpawn?.(child.pid)
   for (const stream of [child.stdout, child.stderr]) {
     let rest = ''
     stream.setEncoding('utf8')

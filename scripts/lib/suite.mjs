@@ -19,28 +19,17 @@ export function script(commands) {
     .join('')
 }
 
-/**
- * Reads the markers out of the script's output again.
- * @param {number[]} sizes number of commands in each part
- */
-export function markers(sizes) {
-  const parts = sizes.map((size) => {
-    let resolve
-    const ended = new Promise((done) => {
-      resolve = done
-    })
-    return { size, statuses: [], ended, resolve }
-  })
+/** Reads the markers out of the script's output again. */
+export function markers() {
+  const statuses = []
   return {
+    /** Exit statuses of the commands that have ended. */
+    statuses,
     /** True if the line was a marker. */
     take(line) {
       if (!line.startsWith(MARK)) return false
-      const part = parts.find(({ size, statuses }) => statuses.length < size)
-      part?.statuses.push(Number(line.slice(MARK.length)))
-      if (part?.statuses.length === part?.size) part?.resolve(part.statuses)
+      statuses.push(Number(line.slice(MARK.length)))
       return true
     },
-    /** Exit statuses of a part's commands, once all have ended. */
-    ended: (index) => parts[index].ended,
   }
 }

@@ -1,6 +1,7 @@
 // Named models and features: what the guest's kernel sees of them, and what the engine refuses.
 import { describe, expect, test } from 'vitest'
 import { type CpuFeature, cpuFeatures, cpuModels, diagnose, Vm, type VmConfig } from '../../dist/index.js'
+import { inL1 } from '../helpers/accel.js'
 import { skep } from '../helpers/cli.js'
 import { debianCloud } from '../helpers/guests.js'
 import { BOOT_TIMEOUT, Shell } from '../helpers/shell.js'
@@ -54,9 +55,11 @@ describe('a guest', () => {
       await using shell = await Shell.boot({ cpu: { features: { aes: false } } })
       const seen = await flags(shell)
       expect(seen).not.toContain('aes')
-      const others: CpuFeature[] = ['pclmulqdq', 'avx2', 'nonstop_tsc', 'pcid', 'smep']
+      const others: CpuFeature[] = ['pclmulqdq', 'nonstop_tsc', 'pcid', 'smep']
+      // In L1 Linux finds XSAVE inconsistent, says so, and uses none of it (test/helpers/accel.ts).
+      if (!inL1) others.push('avx2')
       for (const name of others) expect(seen?.includes(name), name).toBe(features[name])
-      expect(await shell.complaints()).toEqual([])
+      if (!inL1) expect(await shell.complaints()).toEqual([])
     },
     BOOT_TIMEOUT,
   )

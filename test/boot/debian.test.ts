@@ -60,7 +60,7 @@ describe.each([1, 2])('Debian with %i vCPU', (cpus) => {
       expect(output.match(/^[0-9a-f]{64} {2}-$/gm)).toEqual(Array(cpus).fill(`${one}  -`))
       const { vcpus } = await shell.vm.stats()
       expect(vcpus).toHaveLength(cpus)
-      for (const vcpu of vcpus) expect(progress(vcpu)).toBeGreaterThan(accel === 'kvm' ? 100 : 1e6)
+      for (const vcpu of vcpus) expect(progress(vcpu)).toBeGreaterThan(accel === 'kvm' ? 100 : 10_000)
     })
 
   test('the guest clock keeps time with the host clock', async () => {

@@ -612,7 +612,7 @@ main:   call    enable_avx
 
 # 122: loops without an end, ended from here without telling them, as every processor lets them; 123: at the latest after an IPI.
         movl    $0, not_told(%rip)
-        mov     $20, %r12d
+        mov     $8, %r12d
 1:      lea     endless_table(%rip), %r13
 2:      movl    $0, in_loop(%rip)
         mov     (%r13), %rdi
@@ -669,7 +669,7 @@ main:   call    enable_avx
 # 124: INT3 first, everyone told, the rest, everyone told, the first byte, everyone told: a 5-byte no-op and a jump, while others run it.
         sti
         call    barrier
-        mov     $30, %r12d
+        mov     $15, %r12d
 1:      lea     jump_bytes(%rip), %rsi
         call    poke
         lea     nop_bytes(%rip), %rsi
@@ -698,7 +698,7 @@ main:   call    enable_avx
 2:      pause
         loop    2b
         inc     %r12d
-        cmp     $4096, %r12d
+        cmp     $1500, %r12d
         jb      1b
         movl    $-1, published(%rip)
         call    barrier
@@ -882,7 +882,7 @@ change_own:
         add     %rdi, %r13
         movabs  $FUNCTION, %rax
         mov     %rax, (%r13)
-        mov     $5000, %r12d
+        mov     $1000, %r12d
 1:      mov     %r12d, 1(%r13)
         call    *%r13
         cmp     %eax, %r12d

@@ -4,7 +4,7 @@
  * @module
  */
 import { type Console, Vm, type VmConfig } from '../../dist/index.js'
-import { accel } from './accel.js'
+import { accel, soundCpu } from './accel.js'
 import { debianCloud, type Guest } from './guests.js'
 
 /** Long enough for the slowest machine that runs the tests; nothing waits that long when all is well. */
@@ -35,7 +35,7 @@ export class Shell implements AsyncDisposable {
   static async boot(config: Partial<VmConfig> = {}, { cmdline = '', guest }: { cmdline?: string; guest?: Guest } = {}) {
     const image = guest ?? (await debianCloud())
     const boot = { kernel: image.kernel, initrd: image.initrd, cmdline: `${image.cmdline} ${cmdline}`.trim() }
-    const vm = await Vm.create({ memory: '512M', accel, ...config, boot })
+    const vm = await Vm.create({ memory: '512M', accel, ...soundCpu, ...config, boot })
     const shell = new Shell(vm, image)
     try {
       await vm.start()

@@ -119,7 +119,12 @@ describe('the CPU benchmark', () => {
     const samples = [sample('alu', 'skep', 1, 1), sample('alu', 'tcg', 1, 2), sample('alu', 'native', 1, 0.5)]
     const about = {
       ...{ cpu: 'A <fast> & hot one', threads: 2, kernel: '6.1', commit: '0123456789abcdef', dirty: false },
-      ...{ qemu: 'QEMU 7.2', date: '2026-01-02T03:04:05.678Z', options: { cpus: 1, runs: 3, time: 'wall' } },
+      ...{
+        qemu: 'QEMU 7.2',
+        engine: 'jit',
+        date: '2026-01-02T03:04:05.678Z',
+        options: { cpus: 1, runs: 3, time: 'wall' },
+      },
     }
     const svg = picture(summarise([alu, node], samples), ['skep', 'tcg', 'native'], about)
     expect(svg).toContain('A &lt;fast&gt; &amp; hot one')

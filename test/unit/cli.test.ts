@@ -83,7 +83,7 @@ describe('mistakes', () => {
     [[...run, '-S', '-m', '1M'], /^skep: --memory: .* got "1M" \[ERR_CONFIG_MEMORY\]\n$/],
     [
       [...run, '--huge-pages', '2m'],
-      /^skep: --huge-pages: expected off, thp, 2M, 1G, got "2m" \(did you mean 2M\?\)\n$/,
+      /^skep: --huge-pages: expected auto, off, thp, 2M, 1G, got "2m" \(did you mean 2M\?\)\n$/,
     ],
     [[...run, '--halt-poll', '2s'], /^skep: --halt-poll: expected a time up to 1s such as 200us or 1ms, got "2s"\n$/],
     [[...run, '-p', '0:8191'], /^skep: --pin: host CPU 8191 .*; choose among \d.* \[ERR_CPU_AFFINITY\]\n$/],
@@ -204,7 +204,7 @@ describe('the configuration', () => {
     for (const args of [bhyve, ['-m', '64M', '-c', '2', '-HPS', '-p', '0:1', '-p', '1:0', '-p', '0:0']]) {
       expect(await print('--kernel', 'k', ...args)).toMatchObject({
         cpus: { sockets: 1, cores: 2, threads: 1, pin: { 0: [0, 1], 1: [0] } },
-        memory: { size: 64 * 2 ** 20, wired: true, hugePages: false },
+        memory: { size: 64 * 2 ** 20, wired: true, hugePages: 'auto' },
         exits: { hlt: true, pause: true, haltPoll: null },
       })
     }

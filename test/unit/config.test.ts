@@ -240,7 +240,7 @@ describe('what it resolves into', () => {
       uuid: expect.stringMatching(/^[\da-f]{8}-[\da-f]{4}-8[\da-f]{3}-[89ab][\da-f]{3}-[\da-f]{12}$/),
       cpus: { sockets: 1, cores: 1, threads: 1, pin: {} },
       cpu: { model: 'host', features: {} },
-      memory: { size: 256 * 2 ** 20, wired: false, hugePages: false },
+      memory: { size: 256 * 2 ** 20, wired: false, hugePages: 'auto' },
       accel: 'software',
       engine: 'jit',
       exits: { hlt: true, pause: true, haltPoll: null },
@@ -379,7 +379,7 @@ describe('what it resolves into', () => {
       memory: fc.oneof(
         fc.integer({ min: 2, max: 1 << 20 }).map((mib) => mib * 2 ** 20),
         fc.integer({ min: 2, max: 999 }).map((mib) => `${mib}M` as const),
-        fc.record({ wired: fc.boolean(), hugePages: fc.constantFrom<HugePages>(false, 'thp', '2M', '1G') }),
+        fc.record({ wired: fc.boolean(), hugePages: fc.constantFrom<HugePages>('auto', false, 'thp', '2M', '1G') }),
       ),
       boot: fc.oneof(
         fc.record({ kernel: fc.constant('k'), cmdline: fc.string() }, { requiredKeys: ['kernel'] }),

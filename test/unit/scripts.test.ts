@@ -55,25 +55,24 @@ describe('commands in one script', () => {
       sh('kill -9 $$'),
     ]
     const { stdout } = await promisify(execFile)('sh', ['-c', script(commands)])
-    const marks = markers([1, 2])
+    const marks = markers()
     const rest: string[] = []
     const take = lines((line: string) => {
       if (!marks.take(line)) rest.push(line)
     })
     // In pieces that end anywhere.
     for (const byte of Buffer.from(stdout)) take(Buffer.of(byte))
-    expect(await marks.ended(0)).toEqual([0])
-    expect(await marks.ended(1)).toEqual([3, 137])
+    expect(marks.statuses).toEqual([0, 3, 137])
     expect(rest).toContain("it's; no end of line/usr")
   })
 
   test('that cannot even start have a status', async () => {
     const commands = [{ args: ['true'], cwd: '/no such folder' }, sh('exit 0')]
     const { stdout } = await promisify(execFile)('sh', ['-c', script(commands)])
-    const marks = markers([2])
+    const marks = markers()
     const take = lines((line: string) => marks.take(line))
     take(Buffer.from(stdout))
-    const [first, second] = await marks.ended(0)
+    const [first, second] = marks.statuses
     expect(first).not.toBe(0)
     expect(second).toBe(0)
   })

@@ -93,7 +93,7 @@ const table = {
   ERR_CONFIG_MEMORY: entry(
     'ConfigError',
     'The memory size is not a size, not a multiple of 1 MiB, or out of range, or what backs it is unknown.',
-    'Give a number of bytes or a size such as 512M or 2G, from 2M to 16T; hugePages is false, thp, 2M or 1G.',
+    'Give a number of bytes or a size such as 512M or 2G, from 2M to 16T; hugePages is auto, false, thp, 2M or 1G.',
   ),
   ERR_CONFIG_SERIAL: entry(
     'ConfigError',

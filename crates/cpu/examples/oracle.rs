@@ -5,6 +5,7 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use skep_cpu::oracle::Oracle;
+use skep_cpu::oracle::blocks::{Blocks, Level};
 use skep_cpu::oracle::generate::Generator;
 
 const HELP: &str = "oracle [--seed N] [--cases N] [--only NAME] [--keep-going N]
@@ -12,7 +13,9 @@ const HELP: &str = "oracle [--seed N] [--cases N] [--only NAME] [--keep-going N]
   --cases N       how many (default 1000000)
   --only NAME     only instruction codes whose name contains NAME (such as `pshufb` or `VEX_`)
   --keep-going N  stop after N differences (default 1)
-  --engine NAME   interpreter (default) or jit";
+  --engine NAME   interpreter (default) or jit
+  --block N       runs of up to N instructions (2 to 8) through the JIT, compared with the interpreter, a share of the
+                  cases at each level of what the JIT may do";
 
 struct Options {
     seed: u64,
@@ -20,10 +23,11 @@ struct Options {
     only: Option<String>,
     keep_going: u64,
     jit: bool,
+    block: usize,
 }
 
 fn options() -> Result<Options, String> {
-    let mut options = Options { seed: 1, cases: 1_000_000, only: None, keep_going: 1, jit: false };
+    let mut options = Options { seed: 1, cases: 1_000_000, only: None, keep_going: 1, jit: false, block: 0 };
     let mut arguments = std::env::args().skip(1);
     while let Some(name) = arguments.next() {
         let value = arguments.next().ok_or_else(|| format!("{name} wants a value"))?;
@@ -35,6 +39,7 @@ fn options() -> Result<Options, String> {
             "--only" => options.only = Some(value),
             "--engine" if value == "jit" => options.jit = true,
             "--engine" if value == "interpreter" => options.jit = false,
+            "--block" => options.block = number()? as usize,
             _ => return Err(format!("{name} is not an option")),
         }
     }
@@ -59,7 +64,38 @@ fn main() -> ExitCode {
     }
 }
 
+/// Runs of several instructions.
+fn run_blocks(options: &Options) -> Result<u64, skep_cpu::oracle::OracleError> {
+    let mut found = 0;
+    for level in Level::ALL {
+        let share = options.cases.div_ceil(Level::ALL.len() as u64);
+        let mut blocks = Blocks::new(options.seed, options.only.as_deref(), options.block, level)?;
+        let started = Instant::now();
+        let done = blocks.run_many(
+            share,
+            |_| {},
+            |difference| {
+                found += 1;
+                println!("difference {found} ({level:?}): {}", difference.text);
+                found < options.keep_going
+            },
+        )?;
+        let rate = done as f64 / started.elapsed().as_secs_f64().max(1e-6);
+        println!(
+            "{level:?}: {done} runs of up to {} instructions, {found} differences, {rate:.0}/s",
+            options.block
+        );
+        if found >= options.keep_going {
+            break;
+        }
+    }
+    Ok(found)
+}
+
 fn run(options: &Options) -> Result<u64, skep_cpu::oracle::OracleError> {
+    if options.block > 0 {
+        return run_blocks(options);
+    }
     let mut oracle = if options.jit { Oracle::translator()? } else { Oracle::new()? };
     let mut generator = Generator::new(options.seed, options.only.as_deref());
     eprintln!("seed {}, {} cases from {} instruction codes", options.seed, options.cases, generator.codes());

@@ -8,7 +8,7 @@ use skep_memory::GuestMemory;
 
 use crate::block::Blocks;
 use crate::fault::Raised;
-use crate::jit::{Hot, Jit};
+use crate::jit::{Hot, Jit, Lockstep};
 use crate::mmu::Tlb;
 use crate::native::{Fpu, Thunks};
 use crate::regs::Regs;
@@ -161,6 +161,8 @@ pub(crate) struct Cpu {
     pub(crate) mode: Mode,
     /// What translated code touches.
     pub(crate) hot: Hot,
+    /// Where translated code was left for: linear address and stamp.
+    pub(crate) left_for: (u64, u64),
     /// Why the last instruction was abandoned.
     pub(crate) raised: Raised,
     /// Address translations.
@@ -241,6 +243,8 @@ pub(crate) struct Cpu {
     pub(crate) blocks: Blocks,
     /// Translated code, if the engine is the translator.
     pub(crate) jit: Option<Box<Jit>>,
+    /// What compares translated code with the interpreter, if the engine is both.
+    pub(crate) lockstep: Option<Box<Lockstep>>,
     /// The machine, while running.
     pub(crate) io: IoSlot,
     /// Guest memory.
@@ -317,6 +321,7 @@ impl Cpu {
                 paging: false,
             },
             hot: Hot::new(),
+            left_for: (0, 0),
             raised: Raised::None,
             tlb: Tlb::new(memory.page_count()),
             segs: [Segment::default(); 6],
@@ -356,6 +361,7 @@ impl Cpu {
             msrs: Msrs::new(id, &shared),
             blocks: Blocks::new(),
             jit: None,
+            lockstep: None,
             io: IoSlot::empty(),
             memory,
             shared,

@@ -87,21 +87,20 @@ impl Cpu {
     /// Watches pieces of two pages (or of one twice), each from an offset and so long, which makes everyone forget that they
     /// might be written: the pages' versions. `None`: a write has taken the watch away again.
     pub(crate) fn watch_code(&mut self, pieces: [(Code, usize, usize); 2]) -> Option<[u32; 2]> {
-        let [first, second] = pieces;
         // Somebody else's watch on the page holds only once all have forgotten their writes to it.
         self.shared.watching.fetch_add(1, Ordering::SeqCst);
-        let watch = |(page, offset, len): (Code, usize, usize)| {
-            self.memory.start_watching(page.index, offset as u64, len as u64)
-        };
-        let watched = [watch(first), watch(second)];
-        let fresh = watched.iter().any(|&(fresh, _)| fresh);
+        let watches = pieces
+            .map(|(page, offset, len)| self.memory.start_watching(page.index, offset as u64, len as u64));
+        let fresh = watches.iter().any(|&(fresh, _)| fresh);
         if fresh || self.shared.watching.load(Ordering::SeqCst) != 1 {
-            self.everyone_forgets_writes([first.0.frame(), second.0.frame()]);
+            self.everyone_forgets_writes(pieces.map(|(page, ..)| page.frame()));
         }
         self.shared.watching.fetch_sub(1, Ordering::SeqCst);
-        let versions = watched.map(|(_, version)| version);
-        let now = pieces.map(|(page, ..)| self.memory.version(page.index).load(Ordering::SeqCst));
-        (now == versions).then_some(versions)
+        // A write meanwhile has taken the watch away, and raised the version.
+        let current = |(&(page, ..), (_, version)): (&(Code, usize, usize), (bool, u32))| {
+            self.memory.version(page.index).load(Ordering::SeqCst) == version
+        };
+        pieces.iter().zip(watches).all(current).then(|| watches.map(|(_, version)| version))
     }
 
     /// Decodes whole instructions from `bytes` until a block must end: its length in bytes.
@@ -169,6 +168,11 @@ impl Cpu {
     /// with the page.
     pub(crate) fn operation(&mut self, insn: &Instruction, bytes: &[u8], at: usize) -> Op {
         self.lower(insn, bytes, CodeSize::Bits64, at).op
+    }
+
+    /// Who executes a 64-bit instruction.
+    pub(crate) fn room(&mut self, insn: &Instruction, bytes: &[u8]) -> Room {
+        self.lower(insn, bytes, CodeSize::Bits64, 0).by
     }
 
     /// The bytes from `linear` to the end of its page, 15 at most, and how many there are.

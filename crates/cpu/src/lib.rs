@@ -1,7 +1,7 @@
 //! The software CPU: x86-64 processors for hosts without hardware virtualization.
 //!
-//! This room holds the interpreter: the reference that every faster tier is compared with, the cold path, and the
-//! path for modes no translator cares about. An instruction goes one way through the room:
+//! Two engines live here. The interpreter runs everything, and is the reference; [`jit`] translates 64-bit code, and
+//! leaves to the interpreter what is not worth it. An instruction goes one way through the interpreter:
 //!
 //! * [`decode`] turns bytes into [`op::Op`]s, once, and [`block`] keeps them by guest physical address;
 //! * [`exec`] holds one module per family of the integer instruction set, each a table from mnemonic to handler;

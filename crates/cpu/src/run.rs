@@ -120,7 +120,13 @@ impl Cpu {
                 if let Some(end) = cpu.service() {
                     break end;
                 }
-                if cpu.translates() { cpu.execute_translated() } else { cpu.execute() }
+                if !cpu.translates() {
+                    cpu.execute();
+                } else if cpu.lockstep.is_none() {
+                    cpu.execute_translated();
+                } else if let Some(end) = cpu.execute_lockstep() {
+                    break end;
+                }
             };
             cpu.mailbox.in_guest.store(false, Ordering::SeqCst);
             end
@@ -243,7 +249,7 @@ impl Cpu {
         self.stats.halted_ns += monotonic_ns().saturating_sub(since);
     }
 
-    fn clock_reached(&mut self) -> bool {
+    pub(crate) fn clock_reached(&mut self) -> bool {
         self.deadline != u64::MAX && monotonic_ns() >= self.deadline
     }
 

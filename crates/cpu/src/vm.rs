@@ -349,9 +349,13 @@ impl Vm for SoftwareVm {
             .ok_or_else(|| HvError::Invalid(format!("vCPU {id} of {}", self.shared.mailboxes.len())))?;
         let mut cpu =
             Cpu::new(id, self.memory.clone(), self.shared.clone(), mailbox.clone(), self.clock.clone())?;
-        if self.shared.engine == Engine::Jit {
-            let jit = crate::jit::Jit::new()
+        if self.shared.engine != Engine::Interpreter {
+            let mut jit = crate::jit::Jit::new()
                 .map_err(|source| HvError::Os { what: "executable memory for the software CPU", source })?;
+            if self.shared.engine == Engine::Lockstep {
+                jit.set_lockstep();
+                cpu.lockstep = Some(Box::default());
+            }
             cpu.jit = Some(Box::new(jit));
         }
         Ok(Box::new(SoftwareVcpu { cpu }))
@@ -403,7 +407,11 @@ impl Vcpu for SoftwareVcpu {
     }
 
     fn stats(&self) -> VcpuStats {
-        self.cpu.stats.clone()
+        let mut stats = self.cpu.stats.clone();
+        if let Some(lockstep) = &self.cpu.lockstep {
+            stats.translations.compared = lockstep.tally();
+        }
+        stats
     }
 }
 

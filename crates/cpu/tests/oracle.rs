@@ -1,6 +1,7 @@
 //! A bounded run of the differential oracle: see `docs/oracle.md` for the unbounded one.
 
 use skep_cpu::oracle::Oracle;
+use skep_cpu::oracle::blocks::{Blocks, Level};
 use skep_cpu::oracle::generate::Generator;
 
 /// Cases in a release build; debug builds check a tenth.
@@ -64,4 +65,31 @@ fn a_seed_names_the_same_cases_each_time() {
     }
     let other = Generator::new(8, None).next_case();
     assert_ne!(other, Generator::new(7, None).next_case());
+}
+
+#[test]
+fn the_translator_does_what_this_processor_does() {
+    let mut oracle = Oracle::translator().expect("both sides start");
+    let mut generator = Generator::new(3, None);
+    let mut found = Vec::new();
+    let keep_going = |finding: skep_cpu::oracle::Finding| {
+        found.push(finding.describe());
+        found.len() < 5
+    };
+    oracle.run_many(&mut generator, CASES / 4, |_| {}, keep_going).expect("both sides go on");
+    assert!(found.is_empty(), "{}", found.join("\n"));
+}
+
+#[test]
+fn translated_blocks_do_what_their_instructions_do() {
+    for (seed, level) in Level::ALL.into_iter().enumerate() {
+        let mut blocks = Blocks::new(seed as u64, None, 8, level).expect("both sides start");
+        let mut found = None;
+        let keep_going = |difference: skep_cpu::oracle::blocks::Found| {
+            found = Some(difference.text);
+            false
+        };
+        blocks.run_many(CASES / 400, |_| {}, keep_going).expect("both sides go on");
+        assert!(found.is_none(), "{level:?}: {}", found.unwrap_or_default());
+    }
 }

@@ -20,7 +20,7 @@ use skep_memory::GuestMemory;
 
 use crate::irq::{BackEndApics, Doorbell, Signal};
 use crate::state::{CpuState, StateError, StateGroups};
-pub use crate::stats::{Translations, VcpuStats};
+pub use crate::stats::{Compared, Translations, VcpuStats};
 use crate::step::StepperFactory;
 
 /// How a back end would run on this host.

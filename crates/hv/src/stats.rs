@@ -46,6 +46,21 @@ pub struct Translations {
     pub bytes: u64,
     /// Times the code cache was emptied.
     pub flushes: u64,
+    /// What was compared with the interpreter, in lockstep.
+    pub compared: Compared,
+}
+
+/// What lockstep has compared.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize)]
+pub struct Compared {
+    /// Blocks in which nothing differed.
+    pub blocks: u64,
+    /// Guest instructions in them, as far as they were executed.
+    pub instructions: u64,
+    /// Blocks and single instructions that the interpreter executed alone.
+    pub alone: u64,
+    /// Blocks that differed once and not again.
+    pub passing: u64,
 }
 
 impl std::iter::Sum for Translations {
@@ -55,6 +70,12 @@ impl std::iter::Sum for Translations {
             instructions: sum.instructions.saturating_add(one.instructions),
             bytes: sum.bytes.saturating_add(one.bytes),
             flushes: sum.flushes.saturating_add(one.flushes),
+            compared: Compared {
+                blocks: sum.compared.blocks.saturating_add(one.compared.blocks),
+                instructions: sum.compared.instructions.saturating_add(one.compared.instructions),
+                alone: sum.compared.alone.saturating_add(one.compared.alone),
+                passing: sum.compared.passing.saturating_add(one.compared.passing),
+            },
         })
     }
 }

@@ -5,7 +5,8 @@
 //! (KVM_EXIT_INTERNAL_ERROR). The stepper executes that one instruction on the same state and memory, and KVM goes on.
 
 use kvm_ioctls::VcpuFd;
-use skep_hv::state::{StateGroups, System};
+use skep_hv::cpuid::CpuidTable;
+use skep_hv::state::{CpuState, StateGroups};
 use skep_hv::step::{Step, Stepper};
 use skep_hv::{IoFlow, RunEnd, VcpuIo};
 
@@ -58,12 +59,14 @@ impl Finisher {
         // The events in any case: KVM may have put one there.
         let read = |groups| state::get(vcpu, StateGroups { events: true, ..groups }, &shared.shape);
         let mut state = read(groups).map_err(|error| fail("", &error.to_string()))?;
+        let mut foreign = hide_foreign(&mut state, &shared.options.cpuid);
         let fetched = stepper.fetch(&state);
         let bytes = fetched.bytes.iter().map(|byte| format!(" {byte:02x}")).collect::<String>();
         let fail = |why: &str| fail(&bytes, why);
         if fetched.groups != groups {
             groups = fetched.groups;
             state = read(groups).map_err(|error| fail(&error.to_string()))?;
+            foreign = hide_foreign(&mut state, &shared.options.cpuid);
         }
         if let Some(events) = &mut state.events
             && events.exception.is_some_and(|exception| exception.vector == UNDEFINED)
@@ -71,7 +74,6 @@ impl Finisher {
             events.exception = None;
         }
         let events = state.events;
-        let foreign = state.system.as_mut().map_or(0, |system| hide_foreign(system, shared));
         let step = stepper.step(&mut state, io);
         let flow = match step {
             Step::Done | Step::Flushed => IoFlow::Continue,
@@ -93,12 +95,58 @@ impl Finisher {
     }
 }
 
-/// Takes out of CR4 what the guest's CPUID does not announce: a paravirtual KVM shows FSGSBASE there, which is its own. The
-/// bits that were taken out.
-fn hide_foreign(system: &mut System, shared: &Shared) -> u64 {
-    const FSGSBASE: u64 = 1 << 16;
-    let announced = shared.options.cpuid.get(7, 0).unwrap_or_default().ebx & 1 != 0;
-    let foreign = if announced { 0 } else { system.cr4 & FSGSBASE };
+/// Bits of CR4 that processors have only with a feature, and where CPUID announces it.
+const CR4_FEATURES: [(u32, Announced); 7] = [
+    (11, Announced { function: 7, ecx: 1 << 2, ebx: 0 }), // UMIP
+    (16, Announced { function: 7, ecx: 0, ebx: 1 << 0 }), // FSGSBASE
+    (17, Announced { function: 1, ecx: 1 << 17, ebx: 0 }), // PCIDE
+    (18, Announced { function: 1, ecx: 1 << 26, ebx: 0 }), // OSXSAVE
+    (20, Announced { function: 7, ecx: 0, ebx: 1 << 7 }), // SMEP
+    (21, Announced { function: 7, ecx: 0, ebx: 1 << 20 }), // SMAP
+    (22, Announced { function: 7, ecx: 1 << 3, ebx: 0 }), // PKE
+];
+
+struct Announced {
+    function: u32,
+    ecx: u32,
+    ebx: u32,
+}
+
+/// Takes out of CR4 what the guest's CPUID does not announce: under a paravirtual KVM guests execute CPUID on the host's processor
+/// and turn on what they see there. The bits that were taken out; the instruction is executed without what they check.
+fn hide_foreign(state: &mut CpuState, cpuid: &CpuidTable) -> u64 {
+    let Some(system) = &mut state.system else { return 0 };
+    let unannounced = |feature: &Announced| {
+        let leaf = cpuid.get(feature.function, 0).unwrap_or_default();
+        leaf.ecx & feature.ecx == 0 && leaf.ebx & feature.ebx == 0
+    };
+    let bits = CR4_FEATURES.iter().filter(|(_, feature)| unannounced(feature)).map(|(bit, _)| 1 << bit);
+    let foreign = system.cr4 & bits.fold(0, |all, bit: u64| all | bit);
     system.cr4 &= !foreign;
     foreign
+}
+
+#[cfg(test)]
+mod tests {
+    use skep_hv::cpuid::CpuidLeaf;
+    use skep_hv::state::System;
+
+    use super::*;
+
+    #[test]
+    fn what_cpuid_does_not_announce_is_hidden() {
+        let hidden = |cr4, table: &CpuidTable| {
+            let mut state =
+                CpuState { system: Some(System { cr4, ..System::default() }), ..CpuState::default() };
+            let foreign = hide_foreign(&mut state, table);
+            (foreign, state.system.unwrap().cr4)
+        };
+        let mut table = CpuidTable::default();
+        assert_eq!(hidden(0x35_0eb0, &table), (0x35_0800, 0x06b0));
+        // FSGSBASE and SMAP, but not SMEP; XSAVE.
+        table.set(7, 0, CpuidLeaf { ebx: 1 | 1 << 20, ..CpuidLeaf::default() });
+        table.set(1, 0, CpuidLeaf { ecx: 1 << 26, ..CpuidLeaf::default() });
+        assert_eq!(hidden(0x35_0eb0, &table), (0x10_0800, 0x25_06b0));
+        assert_eq!(hide_foreign(&mut CpuState::default(), &table), 0);
+    }
 }

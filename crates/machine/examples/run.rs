@@ -1,7 +1,7 @@
 //! Runs one machine without Node: the serial console on stdin and stdout, bhyve's exit status.
 //!
 //! `run (--kernel FILE [--initrd FILE] [--cmdline TEXT] [--module FILE]... | --rom FILE) [-m MIB] [-c CPUS] [--accel software|kvm] [--engine jit|interpreter|lockstep]
-//! [--debug-exit] [--exit-on-reboot] [--stats]`
+//! [--huge-pages auto|off|thp|2M|1G] [--debug-exit] [--exit-on-reboot] [--stats]`
 //!
 //! The engine is the JIT unless `--engine` or the environment variable `SKEP_ENGINE` says otherwise.
 
@@ -44,7 +44,7 @@ fn spec(mut args: std::env::Args) -> Option<(Value, bool)> {
     let mut engine: Value = engine.unwrap_or("jit".into()).into();
     let mut spec = json!({
         "version": 1, "name": "run", "uuid": "00000000-0000-4000-8000-000000000000",
-        "cpus": { "sockets": 1, "cores": 1, "threads": 1 }, "memory": { "size": 512 << 20 },
+        "cpus": { "sockets": 1, "cores": 1, "threads": 1 }, "memory": { "size": 512 << 20, "hugePages": "auto" },
         "accel": "software",
         "devices": { "0:31:0": { "type": "lpc", "com1": { "kind": "console" }, "com2": none, "com3": none, "com4": none } },
         "debugExit": false, "rtc": "utc", "onReboot": "restart",
@@ -67,6 +67,12 @@ fn spec(mut args: std::env::Args) -> Option<(Value, bool)> {
             "--module" => {
                 boot["modules"].as_array_mut()?.push(json!({ "path": args.next()?, "cmdline": "" }))
             }
+            "--huge-pages" => {
+                spec["memory"]["hugePages"] = match args.next()?.as_str() {
+                    "off" => false.into(),
+                    kind => kind.into(),
+                }
+            }
             "--rom" => rom = Some(args.next()?),
             "-m" => spec["memory"]["size"] = (args.next()?.parse::<u64>().ok()? << 20).into(),
             "-c" => spec["cpus"]["cores"] = args.next()?.parse::<u32>().ok()?.into(),
@@ -82,8 +88,8 @@ fn main() -> ExitCode {
     let Some((spec, stats)) = spec(std::env::args()) else {
         eprintln!(
             "usage: run (--kernel FILE [--initrd FILE] [--cmdline TEXT] [--module FILE]... | --rom FILE)\n           \
-             [-m MIB] [-c CPUS] [--accel software|kvm] [--engine jit|interpreter|lockstep] [--debug-exit]\n           \
-             [--exit-on-reboot] [--stats]"
+             [-m MIB] [-c CPUS] [--accel software|kvm] [--engine jit|interpreter|lockstep]\n           \
+             [--huge-pages auto|off|thp|2M|1G] [--debug-exit] [--exit-on-reboot] [--stats]"
         );
         return ExitCode::from(4);
     };

@@ -180,7 +180,7 @@ impl Machine {
             );
             return Err(Error::HostMemory { message, size });
         }
-        let backing = spec.memory.backing();
+        let backing = spec.backing();
         let available = host::memory_available().filter(|_| backing.wired && backing.pages.pool().is_none());
         if let Some(available) = available.filter(|&available| size > available) {
             let message = format!(

@@ -107,16 +107,9 @@ pub struct Memory {
     /// All of it is taken when the machine is created, and never paged out.
     #[serde(default)]
     pub wired: bool,
-    /// Larger pages of the host: `false`, `"thp"`, `"2M"` or `"1G"`.
+    /// Larger pages of the host: `"auto"`, `false`, `"thp"`, `"2M"` or `"1G"`.
     #[serde(default, with = "huge_pages")]
     pub huge_pages: PageSize,
-}
-
-impl Memory {
-    /// How it is backed.
-    pub fn backing(&self) -> Backing {
-        Backing { pages: self.huge_pages, wired: self.wired }
-    }
 }
 
 /// [`PageSize`] as the specification writes it.
@@ -134,6 +127,7 @@ mod huge_pages {
     pub(super) fn serialize<S: Serializer>(pages: &PageSize, serializer: S) -> Result<S::Ok, S::Error> {
         let kind = match pages {
             PageSize::Small => return false.serialize(serializer),
+            PageSize::Automatic => "auto",
             PageSize::Transparent => "thp",
             PageSize::Huge2M => "2M",
             PageSize::Huge1G => "1G",
@@ -142,9 +136,10 @@ mod huge_pages {
     }
 
     pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<PageSize, D::Error> {
-        let expected = || de::Error::custom("hugePages must be false, \"thp\", \"2M\" or \"1G\"");
+        let expected = || de::Error::custom("hugePages must be \"auto\", false, \"thp\", \"2M\" or \"1G\"");
         match Text::deserialize(deserializer).map_err(|_| expected())? {
             Text::Switch(false) => Ok(PageSize::Small),
+            Text::Kind(kind) if kind == "auto" => Ok(PageSize::Automatic),
             Text::Kind(kind) if kind == "thp" => Ok(PageSize::Transparent),
             Text::Kind(kind) if kind == "2M" => Ok(PageSize::Huge2M),
             Text::Kind(kind) if kind == "1G" => Ok(PageSize::Huge1G),
@@ -302,6 +297,16 @@ impl MachineSpec {
         })?;
         spec.validate()?;
         Ok(spec)
+    }
+
+    /// How memory is backed.
+    pub fn backing(&self) -> Backing {
+        Backing {
+            pages: self.memory.huge_pages,
+            wired: self.memory.wired,
+            // The software CPU looks at two pages side by side.
+            private: self.accel == Accel::Kvm,
+        }
     }
 
     /// Checks everything that the types do not say.
@@ -583,13 +588,15 @@ pub(crate) mod tests {
         spec["memory"] = json!({ "size": 536870912 });
         let spec = MachineSpec::from_json(&spec.to_string()).unwrap();
         assert_eq!(ExitControls::from(spec.exits), ExitControls::default());
-        assert_eq!(spec.memory.backing(), Backing::default());
+        let backing = Backing { private: spec.accel == Accel::Kvm, ..Backing::default() };
+        assert_eq!(spec.backing(), backing);
         assert!(spec.cpus.pin.is_empty());
     }
 
     #[test]
     fn huge_pages_are_false_or_a_kind() {
         for (value, pages) in [
+            (json!("auto"), PageSize::Automatic),
             (json!(false), PageSize::Small),
             (json!("thp"), PageSize::Transparent),
             (json!("2M"), PageSize::Huge2M),

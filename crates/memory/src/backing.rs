@@ -19,6 +19,8 @@ pub enum PageSize {
     /// 4 KiB, taken when touched.
     #[default]
     Small,
+    /// Transparent huge pages where the host's settings give this memory some, else small ones.
+    Automatic,
     /// Transparent huge pages: the kernel backs an aligned 2 MiB with one page where it has one.
     Transparent,
     /// 2 MiB from the host's pool (hugetlb), all taken at once.
@@ -31,7 +33,7 @@ impl PageSize {
     /// Bytes of a page of the host's pool; `None` if memory does not come from there.
     pub fn pool(self) -> Option<u64> {
         match self {
-            Self::Small | Self::Transparent => None,
+            Self::Small | Self::Automatic | Self::Transparent => None,
             Self::Huge2M => Some(LARGE_PAGE),
             Self::Huge1G => Some(GIGANTIC_PAGE),
         }
@@ -45,6 +47,9 @@ pub struct Backing {
     pub pages: PageSize,
     /// All memory is taken at once and locked: the host never pages it out.
     pub wired: bool,
+    /// Nobody but this process needs the memory, nor any of it at two addresses. Then it need not be a memfd, and is none where
+    /// that brings transparent huge pages: most hosts give them to anonymous memory, and few to a memfd.
+    pub private: bool,
 }
 
 /// The host's pool has too few huge pages, or none of that size.
@@ -162,21 +167,31 @@ impl fmt::Display for LockLimit {
 
 impl std::error::Error for LockLimit {}
 
-/// Refuses transparent huge pages where the host's setting says that shared memory never gets them.
-pub(crate) fn check_transparent() -> Result<(), MemoryError> {
+/// The host's setting that decides about transparent huge pages for memory of one kind, and where it stands: `name` is `enabled`
+/// for anonymous memory, `shmem_enabled` for shared memory. `None` if this kernel has none.
+fn transparent_setting(name: &str) -> Option<(String, String)> {
     let folder = "/sys/kernel/mm/transparent_hugepage";
-    let own = format!("{folder}/hugepages-2048kB/shmem_enabled");
-    let general = format!("{folder}/shmem_enabled");
+    let own = format!("{folder}/hugepages-2048kB/{name}");
+    let general = format!("{folder}/{name}");
     let chosen = |file: &str| {
         let text = fs::read_to_string(file).ok()?;
         Some(text.split_once('[')?.1.split_once(']')?.0.to_owned())
     };
     // The setting of that size decides, unless it hands on to the general one (as it does from Linux 6.11 on).
-    let decisive = match chosen(&own) {
+    match chosen(&own) {
         Some(value) if value != "inherit" => Some((own, value)),
         _ => chosen(&general).map(|value| (general, value)),
-    };
-    match decisive {
+    }
+}
+
+/// Whether the host gives transparent huge pages to anonymous memory that asks.
+pub(crate) fn gives_transparent() -> bool {
+    transparent_setting("enabled").is_some_and(|(_, setting)| setting != "never")
+}
+
+/// Refuses transparent huge pages where the host's setting says that shared memory never gets them.
+pub(crate) fn check_transparent() -> Result<(), MemoryError> {
+    match transparent_setting("shmem_enabled") {
         Some((file, setting)) if setting == "never" || setting == "deny" => {
             Err(MemoryError::NotTransparent { file, setting })
         }

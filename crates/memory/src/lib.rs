@@ -1,4 +1,4 @@
-//! Guest-physical memory: memfd-backed regions, bounds-checked copies, typed little-endian access, the dirty log,
+//! Guest-physical memory: regions backed by a memfd or anonymous memory, bounds-checked copies, typed little-endian access, the dirty log,
 //! and the watch that tells a software CPU when somebody writes to code it has decoded.
 //!
 //! Guest memory is never a Rust reference: other threads and the guest itself change it at any time. Everything

@@ -1,4 +1,4 @@
-//! The memfd and its mapping.
+//! The memory that the host gives, and its mapping.
 #![expect(unsafe_code, reason = "mmap and what goes with it are calls into the operating system")]
 
 use std::fs::File;
@@ -9,15 +9,20 @@ use std::ptr::NonNull;
 
 use crate::MemoryError;
 use crate::backing::{
-    Backing, GIGANTIC_PAGE, LARGE_PAGE, PageSize, Pool, PoolShortage, check_transparent, lock_failure,
+    Backing, GIGANTIC_PAGE, LARGE_PAGE, PageSize, Pool, PoolShortage, check_transparent, gives_transparent,
+    lock_failure,
 };
 
-/// One shared mapping of a whole memfd; unmapped on drop. Its address is a multiple of [`LARGE_PAGE`], with pages of the pool
+/// What guest memory is called in the kernel's lists of mappings and files.
+const NAME: &std::ffi::CStr = c"skep-guest";
+
+/// One shared mapping of a whole memfd, or a private one of anonymous memory; unmapped on drop. Its address is a multiple of [`LARGE_PAGE`], with pages of the pool
 /// of theirs.
 pub(crate) struct Mapping {
     base: NonNull<u8>,
     len: usize,
-    file: File,
+    /// The memfd; none behind private memory.
+    file: Option<File>,
     keeps: bool,
 }
 
@@ -32,6 +37,9 @@ impl Mapping {
     pub(crate) fn new(size: u64, backing: Backing, used: &[Range<u64>]) -> Result<Self, MemoryError> {
         let mapping = match backing.pages.pool() {
             Some(page) => Self::from_pool(size, page)?,
+            None if backing.private && backing.pages != PageSize::Small && gives_transparent() => {
+                Self::from_anonymous_memory(size, backing)?
+            }
             None => Self::from_shared_memory(size, backing)?,
         };
         // SAFETY: the range is exactly the mapping. Advice may be refused; it is only advice. A dump of the process
@@ -52,16 +60,43 @@ impl Mapping {
         }
         let file = memfd(0).map_err(|e| host("memfd_create", e))?;
         file.set_len(size).map_err(|e| host("sizing a memfd", e))?;
-        let base = map_aligned(&file, len).map_err(|e| host("mmap", e))?;
-        let mapping = Self { base, len, file, keeps: backing.wired };
-        if backing.pages == PageSize::Transparent {
-            // SAFETY: the range is exactly the mapping.
-            let rc = unsafe { libc::madvise(base.as_ptr().cast(), len, libc::MADV_HUGEPAGE) };
-            if rc != 0 {
-                return Err(host("asking for transparent huge pages", io::Error::last_os_error()));
+        let base = map_aligned(Some(&file), len).map_err(|e| host("mmap", e))?;
+        let mapping = Self { base, len, file: Some(file), keeps: backing.wired };
+        mapping
+            .ask_for_transparent(backing.pages)
+            .map_err(|e| host("asking for transparent huge pages", e))?;
+        Ok(mapping)
+    }
+
+    fn from_anonymous_memory(size: u64, backing: Backing) -> Result<Self, MemoryError> {
+        let host = |what, source| MemoryError::Host { what, size, source };
+        let len = addressable(size).ok_or_else(|| host("mapping", io::ErrorKind::OutOfMemory.into()))?;
+        let base = map_aligned(None, len).map_err(|e| host("mmap", e))?;
+        let mapping = Self { base, len, file: None, keeps: backing.wired };
+        mapping
+            .ask_for_transparent(backing.pages)
+            .map_err(|e| host("asking for transparent huge pages", e))?;
+        let at = base.as_ptr().cast::<libc::c_void>();
+        // SAFETY: the range is exactly the mapping. A child that this process forks must not get a copy of what the guest
+        // writes meanwhile, nor make the guest's pages copies. The name is for people; kernels may have no room for it.
+        unsafe {
+            if libc::madvise(at, len, libc::MADV_DONTFORK) != 0 {
+                return Err(host("keeping it out of forks", io::Error::last_os_error()));
             }
+            let kind = libc::c_ulong::from(libc::PR_SET_VMA_ANON_NAME as u32);
+            libc::prctl(libc::PR_SET_VMA, kind, at, len, NAME.as_ptr());
         }
         Ok(mapping)
+    }
+
+    /// Asks for transparent huge pages, if these are the pages that are wanted.
+    fn ask_for_transparent(&self, pages: PageSize) -> io::Result<()> {
+        if !matches!(pages, PageSize::Automatic | PageSize::Transparent) {
+            return Ok(());
+        }
+        // SAFETY: the range is exactly the mapping.
+        let rc = unsafe { libc::madvise(self.base.as_ptr().cast(), self.len, libc::MADV_HUGEPAGE) };
+        if rc == 0 || pages == PageSize::Automatic { Ok(()) } else { Err(io::Error::last_os_error()) }
     }
 
     /// Takes all pages at once: the pool could be empty when the guest touches one, which would end the process.
@@ -76,9 +111,10 @@ impl Mapping {
         let file = memfd(libc::MFD_HUGETLB | kind).map_err(refused)?;
         file.set_len(size).map_err(refused)?;
         // Mapping reserves, and fails at once when there are too few; the kernel aligns it.
-        let base = map(None, len, &file, libc::MAP_SHARED).map_err(refused)?;
-        let mapping = Self { base, len, file, keeps: true };
-        mapping.allocate(0, size, 0).map_err(refused)?;
+        let base = map(None, len, Some(&file), libc::MAP_SHARED).map_err(refused)?;
+        let allocated = allocate(&file, 0, size, 0);
+        let mapping = Self { base, len, file: Some(file), keeps: true };
+        allocated.map_err(refused)?;
         Ok(mapping)
     }
 
@@ -120,8 +156,8 @@ impl Mapping {
         self.base
     }
 
-    pub(crate) fn file(&self) -> &File {
-        &self.file
+    pub(crate) fn file(&self) -> Option<&File> {
+        self.file.as_ref()
     }
 
     /// Whether pages stay once they have been taken: wired ones, and those of the pool, which might not be had again. Punching
@@ -132,20 +168,31 @@ impl Mapping {
 
     /// Gives whole pages back to the host; they read as zero afterwards.
     pub(crate) fn punch(&self, offset: u64, len: u64) -> io::Result<()> {
-        self.allocate(offset, len, libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE)
+        if let Some(file) = &self.file {
+            let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+            return allocate(file, offset, len, mode);
+        }
+        let end = offset.checked_add(len).filter(|&end| end <= self.len as u64);
+        end.ok_or(io::ErrorKind::InvalidInput)?;
+        // SAFETY: the range lies in the mapping, as was just checked; the memory is the guest's, and zero is what it is to be.
+        let rc = unsafe {
+            let at = self.base.add(offset as usize).as_ptr();
+            libc::madvise(at.cast(), len as usize, libc::MADV_DONTNEED)
+        };
+        if rc == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
     }
+}
 
-    fn allocate(&self, offset: u64, len: u64, mode: i32) -> io::Result<()> {
-        loop {
-            // SAFETY: a system call on our own descriptor; the kernel checks the range.
-            let rc = unsafe { libc::fallocate(self.file.as_raw_fd(), mode, offset as i64, len as i64) };
-            if rc == 0 {
-                return Ok(());
-            }
-            let error = io::Error::last_os_error();
-            if error.kind() != io::ErrorKind::Interrupted {
-                return Err(error);
-            }
+fn allocate(file: &File, offset: u64, len: u64, mode: i32) -> io::Result<()> {
+    loop {
+        // SAFETY: a system call on our own descriptor; the kernel checks the range.
+        let rc = unsafe { libc::fallocate(file.as_raw_fd(), mode, offset as i64, len as i64) };
+        if rc == 0 {
+            return Ok(());
+        }
+        let error = io::Error::last_os_error();
+        if error.kind() != io::ErrorKind::Interrupted {
+            return Err(error);
         }
     }
 }
@@ -165,7 +212,7 @@ impl Pair {
 }
 
 impl Mapping {
-    /// Pages number `first` and `second`, which must exist, side by side.
+    /// Pages number `first` and `second`, which must exist, side by side. Private memory can show only neighbours so.
     pub(crate) fn pair(&self, first: usize, second: usize) -> io::Result<Pair> {
         let pages = self.len / PAGE;
         if first >= pages || second >= pages {
@@ -175,6 +222,7 @@ impl Mapping {
             // SAFETY: the page lies in the mapping.
             return Ok(Pair { base: unsafe { self.base.add(first * PAGE) }, own: false });
         }
+        let file = self.file.as_ref().ok_or(io::ErrorKind::Unsupported)?;
         // SAFETY: a fresh mapping at an address of the kernel's choice replaces nothing.
         let base = unsafe {
             let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
@@ -192,7 +240,7 @@ impl Mapping {
                     PAGE,
                     libc::PROT_READ | libc::PROT_WRITE,
                     libc::MAP_SHARED | libc::MAP_FIXED,
-                    self.file.as_raw_fd(),
+                    file.as_raw_fd(),
                     (page * PAGE) as libc::off_t,
                 )
             };
@@ -234,7 +282,7 @@ fn addressable(size: u64) -> Option<usize> {
 
 fn memfd(flags: libc::c_uint) -> io::Result<File> {
     // SAFETY: the name is a NUL-terminated literal.
-    let fd = unsafe { libc::memfd_create(c"skep-guest".as_ptr(), libc::MFD_CLOEXEC | flags) };
+    let fd = unsafe { libc::memfd_create(NAME.as_ptr(), libc::MFD_CLOEXEC | flags) };
     if fd < 0 {
         return Err(io::Error::last_os_error());
     }
@@ -242,8 +290,8 @@ fn memfd(flags: libc::c_uint) -> io::Result<File> {
     Ok(unsafe { File::from_raw_fd(fd) })
 }
 
-/// Maps a file at a multiple of [`LARGE_PAGE`], without setting swap space aside for it.
-fn map_aligned(file: &File, len: usize) -> io::Result<NonNull<u8>> {
+/// Maps a file, or anonymous memory, at a multiple of [`LARGE_PAGE`], without setting swap space aside for it.
+fn map_aligned(file: Option<&File>, len: usize) -> io::Result<NonNull<u8>> {
     let align = LARGE_PAGE as usize;
     let whole = len + align;
     let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
@@ -259,8 +307,8 @@ fn map_aligned(file: &File, len: usize) -> io::Result<NonNull<u8>> {
         let at = start.add(before);
         unmap(start, before);
         unmap(at.add(len), whole - before - len);
-        let mapped =
-            map(NonNull::new(at), len, file, libc::MAP_SHARED | libc::MAP_NORESERVE | libc::MAP_FIXED);
+        let kind = if file.is_some() { libc::MAP_SHARED } else { libc::MAP_PRIVATE | libc::MAP_ANONYMOUS };
+        let mapped = map(NonNull::new(at), len, file, kind | libc::MAP_NORESERVE | libc::MAP_FIXED);
         if mapped.is_err() {
             unmap(at, len);
         }
@@ -268,12 +316,12 @@ fn map_aligned(file: &File, len: usize) -> io::Result<NonNull<u8>> {
     }
 }
 
-/// Maps a file from its start. An address with `MAP_FIXED` must be the caller's own.
-fn map(at: Option<NonNull<u8>>, len: usize, file: &File, flags: i32) -> io::Result<NonNull<u8>> {
+/// Maps a file from its start, or what `flags` say. An address with `MAP_FIXED` must be the caller's own.
+fn map(at: Option<NonNull<u8>>, len: usize, file: Option<&File>, flags: i32) -> io::Result<NonNull<u8>> {
     let hint = at.map_or(std::ptr::null_mut(), |at| at.as_ptr().cast());
+    let fd = file.map_or(-1, AsRawFd::as_raw_fd);
     // SAFETY: without an address the mapping replaces nothing; with one it replaces what the caller owns.
-    let base =
-        unsafe { libc::mmap(hint, len, libc::PROT_READ | libc::PROT_WRITE, flags, file.as_raw_fd(), 0) };
+    let base = unsafe { libc::mmap(hint, len, libc::PROT_READ | libc::PROT_WRITE, flags, fd, 0) };
     if base == libc::MAP_FAILED {
         return Err(io::Error::last_os_error());
     }

@@ -105,14 +105,21 @@ impl Books {
         // A decoder sets the watch, then reads the bytes; we have written the bytes and read the watch: one of us must see
         // the other, which takes a full barrier on both sides.
         fence(Ordering::SeqCst);
-        let watch = &self.watch[page];
-        if watch.load(Ordering::SeqCst) & mask(offset, len) != 0 {
+        if self.watch[page].load(Ordering::SeqCst) & mask(offset, len) != 0 {
             self.code_changed(page);
         }
     }
 
-    /// Who sees the epoch that this makes also sees the version and the entry that came before it; and who finds the mask
-    /// cleared by somebody else sees all of them.
+    /// Watches bytes of a page: whether nothing on it was watched, and the version that a later write to these bytes raises.
+    pub(crate) fn start_watching(&self, page: usize, offset: u64, len: u64) -> (bool, u32) {
+        let _whole = self.changes.lock().unwrap_or_else(PoisonError::into_inner);
+        let mask = mask(offset, len);
+        let before = self.watch[page].fetch_or(mask, Ordering::SeqCst);
+        (mask != 0 && before == 0, self.version[page].load(Ordering::SeqCst))
+    }
+
+    /// Who sees the epoch that this makes also sees the version and the entry that came before it. Who finds the mask cleared
+    /// sees the epoch: that there is something to be noticed. And nobody begins to watch halfway through.
     #[cold]
     fn code_changed(&self, page: usize) {
         {
@@ -130,15 +137,6 @@ impl Books {
         for listener in listeners {
             listener();
         }
-    }
-
-    /// Watches bytes of a page: whether nothing of it was watched before, and the version that a later write to them raises. No
-    /// mask is cleared between the two.
-    pub(crate) fn start_watching(&self, page: usize, offset: u64, len: u64) -> (bool, u32) {
-        let _changes = self.changes.lock().unwrap_or_else(PoisonError::into_inner);
-        let mask = mask(offset, len);
-        let before = self.watch[page].fetch_or(mask, Ordering::SeqCst);
-        (mask != 0 && before == 0, self.version[page].load(Ordering::SeqCst))
     }
 
     pub(crate) fn changed_since(&self, since: u32) -> CodeChanges {
@@ -240,16 +238,6 @@ atomic_access! {
 #[cfg(test)]
 mod tests {
     use super::mask;
-
-    #[test]
-    fn a_watch_comes_with_the_version_that_a_write_raises() {
-        let books = super::Books::new(2);
-        assert_eq!(books.start_watching(1, 0, 64), (true, 0));
-        assert_eq!(books.start_watching(1, 64, 64), (false, 0));
-        assert_eq!(books.start_watching(0, 0, 0), (false, 0));
-        books.written(1, 0, 1);
-        assert_eq!(books.start_watching(1, 64, 64), (true, 1));
-    }
 
     #[test]
     fn a_mask_covers_exactly_the_granules_touched() {

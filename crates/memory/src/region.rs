@@ -45,7 +45,7 @@ pub struct RegionInfo {
     /// Where it is mapped in this process: equal to `start` modulo [`LARGE_PAGE`], so that second-level address translation
     /// can map 2 MiB at once (1 GiB where pages of that size back the region).
     pub host: NonNull<u8>,
-    /// Offset of its first byte in the memfd, equal to `start` as `host` is.
+    /// Offset of its first byte in the memfd (or the mapping, where there is no memfd), equal to `start` as `host` is.
     pub offset: u64,
 }
 
@@ -132,8 +132,9 @@ impl GuestMemory {
         })
     }
 
-    /// The memfd behind all regions, to be shared with another process.
-    pub fn file(&self) -> &File {
+    /// The memfd behind all regions, to be shared with another process. There may be none behind memory that was allowed to be
+    /// [private](Backing::private).
+    pub fn file(&self) -> Option<&File> {
         self.0.map.file()
     }
 
@@ -293,8 +294,8 @@ impl GuestMemory {
         self.0.books.watch(page)
     }
 
-    /// Watches `len` bytes at `offset` of a page: whether nothing of the page was watched before, and its version, which a
-    /// write to these bytes from now on raises before the mask is cleared.
+    /// Watches `len` bytes at `offset` of a page: whether nothing on it was watched before, so that somebody may still write
+    /// without looking at the mask, and the page's version, which a write to these bytes from now on raises.
     pub fn start_watching(&self, page: usize, offset: u64, len: u64) -> (bool, u32) {
         self.0.books.start_watching(page, offset, len)
     }

@@ -12,6 +12,7 @@ use skep_memory::{
 const RESERVE: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages";
 
 const SHARED: &str = "/sys/kernel/mm/transparent_hugepage/shmem_enabled";
+const ANONYMOUS: &str = "/sys/kernel/mm/transparent_hugepage/enabled";
 
 /// What a machine of 8 MiB with a ROM has.
 fn regions() -> Vec<RegionSpec> {
@@ -126,8 +127,50 @@ fn transparent_huge_pages() {
     works(&memory);
 }
 
+#[test]
+fn automatic_pages_are_never_refused() {
+    for private in [false, true] {
+        let backing = Backing { pages: PageSize::Automatic, private, ..Backing::default() };
+        let memory = GuestMemory::with_backing(&regions(), backing).expect("8 MiB");
+        works(&memory);
+    }
+}
+
+#[test]
+fn private_memory_gets_the_huge_pages_of_anonymous_memory() {
+    let setting = fs::read_to_string(ANONYMOUS).unwrap_or_else(|_| "[never]".into());
+    if setting.contains("[never]") {
+        eprintln!("skipped: {ANONYMOUS} says {setting}");
+        return;
+    }
+    for pages in [PageSize::Automatic, PageSize::Transparent] {
+        let backing = Backing { pages, private: true, ..Backing::default() };
+        let memory = GuestMemory::with_backing(&regions(), backing).expect("8 MiB");
+        assert!(memory.file().is_none());
+        assert_eq!(smaps(&memory, "Rss"), 0);
+        memory.write_u8(0x20_0000, 1).expect("memory");
+        let huge = smaps(&memory, "AnonHugePages");
+        assert_eq!(
+            smaps(&memory, "Rss"),
+            huge.max(PAGE_SIZE),
+            "one touch brings 2 MiB, if there is a free one"
+        );
+        works(&memory);
+        let total: u64 = memory.regions().map(|r| r.size).sum();
+        memory.zero(0x20_0000, 0x20_0000).expect("memory");
+        assert!(smaps(&memory, "Rss") <= total.next_multiple_of(LARGE_PAGE), "zeroing gives back");
+        let page = |gpa| memory.page(gpa).expect("memory").index;
+        assert!(memory.side_by_side(page(0x10_0000), page(0x10_1000)).is_ok(), "neighbours");
+        let apart = memory.side_by_side(page(0x10_0000), page(0x30_0000));
+        assert_eq!(apart.err().map(|e| e.kind()), Some(io::ErrorKind::Unsupported));
+    }
+    let small = Backing { private: true, ..Backing::default() };
+    let memory = GuestMemory::with_backing(&regions(), small).expect("8 MiB");
+    assert!(memory.file().is_some(), "private is leave, not an order");
+}
+
 fn huge_pages() {
-    let backing = Backing { pages: PageSize::Huge2M, wired: true };
+    let backing = Backing { pages: PageSize::Huge2M, wired: true, private: true };
     let Some(before) = Pool::of(LARGE_PAGE) else {
         let error = GuestMemory::with_backing(&regions(), backing).expect_err("there is no pool");
         assert!(error.to_string().contains("none of that size"), "{error}");
@@ -152,7 +195,7 @@ fn huge_pages() {
     let memory = GuestMemory::with_backing(&regions(), backing).expect("5 huge pages");
     assert_eq!(kernel_page(&memory), LARGE_PAGE);
     assert_eq!(Pool::of(LARGE_PAGE).expect("a pool").available, pool.available - 5, "all taken at once");
-    assert_eq!(memory.file().metadata().expect("a memfd").len(), 5 * LARGE_PAGE);
+    assert_eq!(memory.file().expect("a memfd").metadata().expect("its size").len(), 5 * LARGE_PAGE);
     works(&memory);
     memory.zero(0x20_0000, 0x20_0000).expect("memory");
     assert_eq!(Pool::of(LARGE_PAGE).expect("a pool").available, pool.available - 5, "none is given back");
@@ -162,8 +205,9 @@ fn huge_pages() {
 
 fn wired() {
     let total: u64 = regions().iter().map(|r| r.size).sum();
-    for pages in [PageSize::Small, PageSize::Transparent] {
-        let memory = match GuestMemory::with_backing(&regions(), Backing { pages, wired: true }) {
+    let shared = [PageSize::Small, PageSize::Automatic, PageSize::Transparent].map(|pages| (pages, false));
+    for (pages, private) in shared.into_iter().chain([(PageSize::Automatic, true)]) {
+        let memory = match GuestMemory::with_backing(&regions(), Backing { pages, wired: true, private }) {
             Err(error @ (MemoryError::LockLimit(_) | MemoryError::NotTransparent { .. })) => {
                 eprintln!("skipped: {error}");
                 continue;
@@ -171,9 +215,10 @@ fn wired() {
             other => other.expect("8 MiB"),
         };
         assert_eq!(smaps(&memory, "Locked"), total, "{pages:?}");
-        assert_eq!(smaps(&memory, "Rss"), total, "{pages:?}");
+        let taken = smaps(&memory, "Rss");
+        assert_eq!(taken, total, "{pages:?}");
         works(&memory);
-        assert_eq!(smaps(&memory, "Rss"), total, "zeroing gives no wired page back");
+        assert_eq!(smaps(&memory, "Rss"), taken, "zeroing gives no wired page back");
     }
     assert!(locked() < total, "nothing stays locked");
 }

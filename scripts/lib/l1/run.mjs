@@ -29,7 +29,7 @@ const TIMED_OUT = 124
 /** Exit status where L1 itself failed. */
 const BROKEN = 125
 
-const POLL = 100
+const POLL = 25
 const CONSOLE_TAIL = 30
 /** These have the same meaning in L1, whose files are the same. */
 const INHERITED = ['PATH', 'HOME', 'XDG_CACHE_HOME', 'NO_COLOR', 'CI']
@@ -61,11 +61,12 @@ export async function checkL1() {
  * @param {string[]} [options.writable] folders of this machine that the command may write
  * @param {(chunk: Buffer) => void} [options.onStdout]
  * @param {(chunk: Buffer) => void} [options.onStderr]
+ * @param {(pid: number) => void} [options.onSpawn] is told the process that emulates L1
  * @param {string} [options.log] name of the log file for L1's console
  * @returns {Promise<number>} exit status of the command
  */
 export async function runInL1(command, options = {}) {
-  const { cpus, memory, timeout, cwd, env, writable, onStdout, onStderr, log } = {
+  const { cpus, memory, timeout, cwd, env, writable, onStdout, onStderr, onSpawn, log } = {
     ...DEFAULTS,
     cwd: root,
     env: {},
@@ -103,7 +104,7 @@ export async function runInL1(command, options = {}) {
       ...['stdout', 'stderr', 'status'].flatMap(port),
     ]
     const streams = [follow(file('stdout'), onStdout), follow(file('stderr'), onStderr)]
-    const { tail, timedOut } = await boot(args, timeout, log)
+    const { tail, timedOut } = await boot(args, timeout, log, onSpawn)
     for (const stop of streams) stop()
     const status = readStatus(file('status'))
     if (status !== undefined) return status
@@ -126,7 +127,7 @@ function script(command, cwd, env) {
 }
 
 /** Runs QEMU to its end; the end of L1's console and whether it had to be ended. */
-async function boot(args, timeout, log) {
+async function boot(args, timeout, log, onSpawn) {
   const tail = []
   const signal = AbortSignal.timeout(timeout)
   const onLine = (line) => {
@@ -137,7 +138,7 @@ async function boot(args, timeout, log) {
   try {
     // If we are killed, QEMU is too.
     const command = ['--pdeathsig', 'KILL', '--', QEMU, ...args]
-    await run('setpriv', command, { log, allowFailure: true, signal, onLine })
+    await run('setpriv', command, { log, allowFailure: true, signal, onLine, onSpawn })
     return { tail, timedOut: false }
   } catch (error) {
     if (!signal.aborted) throw error

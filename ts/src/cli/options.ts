@@ -210,9 +210,9 @@ export const runOptions: readonly RunOption[] = [
   },
   {
     flags: '--huge-pages <kind>',
-    about: 'back memory with huge pages: transparent ones, or from the pool (default: off)',
+    about: 'back memory with huge pages: transparent ones, or from the pool (default: auto)',
     group: 'Machine:',
-    choices: ['off', 'thp', '2M', '1G'],
+    choices: ['auto', 'off', 'thp', '2M', '1G'],
     path: 'memory.hugePages',
     apply: (value, draft) => {
       expanded(draft, 'memory', 'size')['hugePages'] = value === 'off' ? false : value

@@ -74,8 +74,9 @@ export const configOptions: ReadonlyMap<string, ConfigOption> = new Map(
       about: 'Whether all memory is taken at once and never paged out. Default false.',
     },
     'memory.hugePages': {
-      expects: 'false, "thp", "2M" or "1G"',
-      about: "Larger pages of the host's: transparent ones, or 2 MiB or 1 GiB from its pool. Default false.",
+      expects: '"auto", false, "thp", "2M" or "1G"',
+      about:
+        "Larger pages of the host's: transparent ones, or 2 MiB or 1 GiB from its pool. Default auto: what it gives unasked.",
     },
     accel: { expects: '"auto", "software" or "kvm"', about: 'What runs the processors. Default auto.' },
     engine: {

@@ -89,7 +89,7 @@ function checkPins({ sockets, cores, threads, pin }: MachineSpec['cpus']): void 
 }
 
 function memory(config: NonNullable<VmConfig['memory']>): MachineSpec['memory'] {
-  const { size = '256M', wired = false, hugePages = false } = typeof config === 'object' ? config : { size: config }
+  const { size = '256M', wired = false, hugePages = 'auto' } = typeof config === 'object' ? config : { size: config }
   return { size: parseSize(size) ?? 0, wired, hugePages }
 }
 

@@ -66,7 +66,7 @@ const size = z
 const memory = z.strictObject({
   size: size.optional(),
   wired: z.boolean().optional(),
-  hugePages: z.union([z.literal(false), z.enum(['thp', '2M', '1G'])]).optional(),
+  hugePages: z.union([z.literal(false), z.enum(['auto', 'thp', '2M', '1G'])]).optional(),
 })
 
 const exits = z.strictObject({
@@ -127,7 +127,11 @@ const schema = z.strictObject({
   onReboot: z.enum(['restart', 'exit']).optional(),
 })
 
-/** The schema of {@link VmConfig}. */
+/**
+ * The schema of {@link VmConfig}.
+ *
+ * @internal
+ */
 export const vmConfigSchema: z.ZodType<VmConfig> = schema
 
 /** The JSON Schema (draft 2020-12) of {@link VmConfig}, with descriptions for editors. */

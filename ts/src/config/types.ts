@@ -111,16 +111,16 @@ export interface MemoryConfig {
   size?: Size | undefined
   /** Whether all of it is taken when the machine is created and never paged out (RLIMIT_MEMLOCK counts). Default `false`. */
   wired?: boolean | undefined
-  /** Larger pages of the host's. Default `false`. */
+  /** Larger pages of the host's. Default `'auto'`. */
   hugePages?: HugePages | undefined
 }
 
 /**
- * Pages of the host that back guest memory: `false` are small ones (4 KiB); `'thp'` lets the kernel take transparent huge
- * pages (2 MiB) where it has some; `'2M'` and `'1G'` come from the host's pool of huge pages, all at once when the machine is
+ * Pages of the host that back guest memory: `'auto'` are transparent huge pages (2 MiB) where the host's settings give this
+ * machine some, else small ones (4 KiB); `false` are small ones; `'thp'` are transparent ones, or an error; `'2M'` and `'1G'` come from the host's pool of huge pages, all at once when the machine is
  * created.
  */
-export type HugePages = false | 'thp' | '2M' | '1G'
+export type HugePages = 'auto' | false | 'thp' | '2M' | '1G'
 
 /** What leaves the guest. The software CPU yields whenever a processor halts, whatever is said here. */
 export interface ExitsConfig {

@@ -117,6 +117,12 @@ impl Asm {
         }
     }
 
+    /// A 64-bit instruction on a register and memory near by.
+    pub(super) fn near(&mut self, opcode: u8, reg: u8, address: u64) {
+        self.bytes(&[0x48 | reg >> 3 << 2, opcode, (reg & 7) << 3 | 5]);
+        self.relative(address);
+    }
+
     /// An instruction on two registers.
     pub(super) fn regs(&mut self, wide: bool, opcode: &[u8], reg: u8, rm: u8) {
         let rex = u8::from(wide) << 3 | reg >> 3 << 2 | rm >> 3;

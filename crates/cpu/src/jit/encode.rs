@@ -80,6 +80,24 @@ fn operand_len(modrm: u8, sib: Option<u8>) -> usize {
 }
 
 impl Parts<'_> {
+    /// Exchanges the two register operands of an instruction that exists with either as its destination: its opcode. False: it
+    /// is not such.
+    pub(super) fn exchange(&mut self, last: &mut u8) -> bool {
+        let Some(modrm) = self.modrm.filter(|m| m >> 6 == 3) else { return false };
+        if !self.vex.is_empty() || self.opcode.len() != 1 {
+            return false;
+        }
+        match self.opcode[0] {
+            0x00..=0x3f if self.opcode[0] & 4 == 0 => *last = self.opcode[0] ^ 2,
+            0x88..=0x8b => *last = self.opcode[0] ^ 2,
+            0x84 | 0x85 => *last = self.opcode[0],
+            _ => return false,
+        }
+        self.modrm = Some(0xc0 | (modrm & 7) << 3 | modrm >> 3 & 7);
+        self.rex = self.rex & !5 | (self.rex & 1) << 2 | self.rex >> 2 & 1;
+        true
+    }
+
     /// The operand in the ModRM byte is memory.
     pub(super) fn memory(&self) -> bool {
         self.modrm.is_some_and(|m| m >> 6 != 3)
@@ -87,13 +105,15 @@ impl Parts<'_> {
 
     /// Writes the instruction with `register(operand)` in the field of each operand for which it names one, and `mem` for its
     /// memory operand, which is `[r8]` if `high`: then
-    /// a high byte register is among the operands, so there must be no REX prefix.
+    /// a high byte register is among the operands, so there must be no REX prefix. A field of the processor stands for the
+    /// register in ModRM's second field. `exchanged` is the opcode of an instruction that was [exchanged](Self::exchange).
     pub(super) fn emit(
         &self,
         asm: &mut Asm,
         info: &Info,
         high: bool,
         mem: Mem,
+        exchanged: Option<u8>,
         register: impl Fn(usize) -> Option<u8>,
     ) {
         let (mut rex, mut modrm) = (self.rex, self.modrm.unwrap_or(0));
@@ -104,11 +124,16 @@ impl Parts<'_> {
             _ => [0; 3],
         };
         let mut vex = long;
-        let mut last = *self.opcode.last().unwrap_or(&0);
+        let mut last = exchanged.unwrap_or(*self.opcode.last().unwrap_or(&0));
         let mut need_rex = false;
         for (i, field) in info.fields.iter().enumerate() {
             let Some(n) = register(i) else { continue };
             need_rex |= n > 3;
+            let field = match field {
+                Field::Reg if exchanged.is_some() => Field::Rm,
+                Field::Rm if exchanged.is_some() => Field::Reg,
+                &field => field,
+            };
             match field {
                 Field::None => {}
                 Field::Reg => {
@@ -128,7 +153,11 @@ impl Parts<'_> {
                 }
             }
         }
-        let memory = self.memory();
+        let in_home = matches!(mem, Mem::Cpu(_));
+        let memory = self.memory() || in_home;
+        if in_home {
+            asm.byte(0x65);
+        }
         if memory {
             // A base without REX, if there must be none: RSI, which no high byte lies in.
             if high {

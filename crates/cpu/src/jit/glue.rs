@@ -3,6 +3,7 @@
 use std::mem::offset_of;
 
 use super::asm::{Asm, EQUAL, Mem, NOT_EQUAL, R8, R9, R10, R11, RAX, RBP, RBX, RCX, RDI, RDX, RSI, RSP};
+use super::help::Wanted;
 use super::{Hot, JUMP_SHIFT, JUMPS, Jump};
 use crate::cpu::Cpu;
 use crate::mmu::TlbLayout;
@@ -47,6 +48,9 @@ pub(super) fn segment_base(segment: usize) -> Mem {
 
 /// The array of translations in use.
 pub(super) const CURRENT_TLB: Mem = Mem::Cpu((offset_of!(Cpu, tlb) + TlbLayout::CURRENT) as i32);
+/// The stack's page, and what to add to its addresses.
+pub(super) const STACK_PAGE: Mem = Mem::Cpu((offset_of!(Cpu, tlb) + TlbLayout::STACK_PAGE) as i32);
+pub(super) const STACK_DELTA: Mem = Mem::Cpu((offset_of!(Cpu, tlb) + TlbLayout::STACK_DELTA) as i32);
 pub(super) const STATUS: i32 = offset_of!(Cpu, status) as i32;
 pub(super) const RIP: Mem = Mem::Cpu(offset_of!(Cpu, rip) as i32);
 pub(super) const BASE: Mem = hot(offset_of!(Hot, base));
@@ -56,8 +60,9 @@ pub(super) const ORIGIN: Mem = hot(offset_of!(Hot, origin));
 pub(super) const VECTORS: Mem = hot(offset_of!(Hot, vectors));
 pub(super) const BOTTOM: Mem = hot(offset_of!(Hot, bottom));
 pub(super) const LIMIT: Mem = hot(offset_of!(Hot, limit));
+const WANTED: Mem = hot(offset_of!(Hot, wanted));
 const LINK: Mem = hot(offset_of!(Hot, link));
-const STAMP: Mem = hot(offset_of!(Hot, stamp));
+pub(super) const STAMP: Mem = hot(offset_of!(Hot, stamp));
 const ENTRY_STACK: Mem = hot(offset_of!(Hot, entry_stack));
 
 /// Addresses of the routines.
@@ -67,6 +72,8 @@ pub(super) struct Glue {
     pub(super) enter: u64,
     /// Goes on at the guest address in R8. Status flags are in memory.
     pub(super) dispatch: u64,
+    /// As `dispatch`, for blocks that have looked for attention themselves.
+    pub(super) dispatch_at_once: u64,
     /// As `dispatch`, after a return that was not foreseen.
     pub(super) unforeseen: u64,
     /// Leaves, with RIP in R8.
@@ -76,6 +83,8 @@ pub(super) struct Glue {
     /// Helps with a memory access: address in R8, what it is in R9 ([`super::help::Wanted`]). Comes back with the host's
     /// address in R8; or, five bytes further, with the instruction done.
     pub(super) access: u64,
+    /// As `access`, for one to the stack, whose page is remembered.
+    pub(super) stack: u64,
     /// Runs the handler of the operation in R8; what it is in R9. Comes back if the next instruction is next.
     pub(super) handler: u64,
     /// Makes the vector registers the guest's.
@@ -107,9 +116,7 @@ pub(super) type HandlerHelper = unsafe extern "sysv64" fn(*mut Cpu, u64, u32) ->
 
 /// Writes the routines.
 pub(super) fn emit(asm: &mut Asm, access: AccessHelper, handler: HandlerHelper, wide: bool) -> Glue {
-    let mut glue = Glue::default();
-
-    glue.load_vectors = asm.here();
+    let mut glue = Glue { load_vectors: asm.here(), ..Glue::default() };
     vectors(asm, wide, false);
     asm.mem(&[], false, &[0xc6], 0, VECTORS);
     asm.byte(1);
@@ -131,6 +138,7 @@ pub(super) fn emit(asm: &mut Asm, access: AccessHelper, handler: HandlerHelper, 
     asm.load(R10, ATTENTION);
     asm.cmp_dword(Mem::At(R10, 0), 0);
     let called = asm.jcc_forward(NOT_EQUAL);
+    glue.dispatch_at_once = asm.here();
     asm.regs(false, &[0x89], R8, R9);
     asm.shr32(R9, JUMP_SHIFT as u8);
     asm.regs(false, &[0x31], R8, R9);
@@ -185,6 +193,8 @@ pub(super) fn emit(asm: &mut Asm, access: AccessHelper, handler: HandlerHelper, 
 
     glue.access = asm.here();
     help(asm, access as usize as u64, save_vectors, &glue, leave_saved, true);
+    glue.stack = asm.here();
+    stack(asm, glue.access);
     glue.handler = asm.here();
     help(asm, handler as usize as u64, save_vectors, &glue, leave_saved, false);
     glue
@@ -225,6 +235,42 @@ fn help(asm: &mut Asm, helper: u64, save_vectors: u64, glue: &Glue, leave_saved:
     asm.land(dispatch);
     asm.load(R8, RIP);
     asm.jmp(glue.unforeseen);
+}
+
+/// Looks the stack's page up among the translations and remembers it, if it may be written and holds all of the access.
+fn stack(asm: &mut Asm, access: u64) {
+    asm.mem(&[], false, &[0x89], R9, WANTED);
+    asm.regs(false, &[0x89], R8, R10);
+    asm.shr32(R10, 12 - TlbLayout::SHIFT);
+    asm.and_imm(false, R10, TlbLayout::MASK);
+    asm.mem(&[], true, &[0x03], R10, CURRENT_TLB);
+    // Size less one: whether it leaves the page, and whether it is misplaced.
+    asm.bytes(&[0x41, 0xc1, 0xe9, 16]); // shr r9d, 16
+    asm.and_imm(false, R9, 0x7f);
+    asm.bytes(&[0x41, 0xff, 0xc9]); // dec r9d
+    asm.mem(&[], false, &[0xf7], 0, WANTED);
+    asm.imm32(Wanted::ALIGNED);
+    let any = asm.jcc_forward(EQUAL);
+    asm.regs(true, &[0x85], R8, R9); // test r9, r8
+    let misplaced = asm.jcc_forward(NOT_EQUAL);
+    asm.land(any);
+    asm.lea(R9, Mem::Sum(Some(R9), Some((R8, 0)), 0));
+    asm.and_imm(true, R9, -4096);
+    // The entry is that of the first byte, the page that of the last: both must be the same.
+    asm.mem(&[], true, &[0x39], R9, Mem::At(R10, TlbLayout::READ));
+    let unknown = asm.jcc_forward(NOT_EQUAL);
+    asm.mem(&[], true, &[0x39], R9, Mem::At(R10, TlbLayout::WRITE));
+    let fixed = asm.jcc_forward(NOT_EQUAL);
+    asm.store(STACK_PAGE, R9);
+    asm.load(R10, Mem::At(R10, TlbLayout::DELTA));
+    asm.store(STACK_DELTA, R10);
+    asm.lea(R8, Mem::Sum(Some(R8), Some((R10, 0)), 0));
+    asm.byte(0xc3);
+    for forward in [misplaced, unknown, fixed] {
+        asm.land(forward);
+    }
+    asm.load32(R9, WANTED);
+    asm.jmp(access);
 }
 
 fn save_registers(asm: &mut Asm) {

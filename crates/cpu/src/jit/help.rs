@@ -15,7 +15,7 @@ pub(super) struct Wanted(pub(super) u32);
 impl Wanted {
     const WRITE: u32 = 1 << 23;
     const ON_STACK: u32 = 1 << 24;
-    const ALIGNED: u32 = 1 << 25;
+    pub(super) const ALIGNED: u32 = 1 << 25;
 
     /// An access of `size` bytes by the instruction at `at` of its page, which is `len` long.
     pub(super) fn new(at: u16, len: u8, size: u8, write: bool) -> Self {

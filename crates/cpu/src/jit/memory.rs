@@ -65,6 +65,24 @@ impl CodeMemory {
         Ok(memory)
     }
 
+    /// Keeps bytes at the bottom for data; to be called before anything is added.
+    pub(super) fn reserve(&mut self, len: usize) {
+        self.low = len.min(SIZE);
+    }
+
+    /// Where data at an offset is read by code.
+    pub(super) fn data(&self, offset: usize) -> u64 {
+        self.executable.as_ptr() as u64 + offset as u64
+    }
+
+    /// Writes a word of data.
+    pub(super) fn set_data(&mut self, offset: usize, value: u64) {
+        if offset + 8 <= self.low {
+            // SAFETY: within the mapping by the check; only the thread that runs the code writes.
+            unsafe { self.writable.as_ptr().add(offset).cast::<u64>().write_unaligned(value) };
+        }
+    }
+
     /// Where the next code will be executed.
     pub(super) fn next(&self) -> u64 {
         self.executable.as_ptr() as u64 + self.low as u64

@@ -1,10 +1,12 @@
 //! The translator: runs of 64-bit guest instructions become code for the host, which is of the same kind, so that most of them
 //! stay what they are but for their operands.
 //!
-//! * [`translate`] makes code of decoded instructions, by what [`table`] knows of them; [`encode`] puts other operands into
-//!   an instruction, [`asm`] writes our own;
+//! * [`translate`] makes code of decoded instructions, by what [`table`] knows of them: their [`operands`], their [`flags`], the
+//!   [`flow`] of control, and the [`stubs`] out of its way; [`encode`] puts other operands into an instruction, [`asm`] writes
+//!   our own;
 //! * [`glue`] is the code between translated code and Rust, [`help`] the Rust that it calls;
-//! * [`memory`] is where the code lies.
+//! * [`memory`] is where the code lies;
+//! * [`lockstep`] compares all of this with the interpreter.
 //!
 //! A block is known by its guest physical address and by what else decides its meaning ([`Key`]); it names addresses relative
 //! to its page only, so that it serves wherever the page is mapped. Jumps within the page are direct; all others go through
@@ -17,9 +19,14 @@
 mod asm;
 mod dump;
 mod encode;
+mod flags;
+mod flow;
 mod glue;
 mod help;
+mod lockstep;
 mod memory;
+mod operands;
+mod stubs;
 mod table;
 mod translate;
 
@@ -30,6 +37,7 @@ use std::io;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use glue::Glue;
+pub(crate) use lockstep::Lockstep;
 use memory::CodeMemory;
 use skep_memory::GuestMemory;
 use table::Table;
@@ -47,6 +55,8 @@ const JUMPS: usize = 16384;
 const JUMP_SHIFT: u32 = 12;
 /// Code memory kept free for one block.
 const RESERVE: usize = 64 << 10;
+/// Pages whose code others may lead to directly, before all code is dropped.
+const RECORDS: usize = 16 << 10;
 /// No link.
 const NO_LINK: u32 = u32::MAX;
 
@@ -110,6 +120,8 @@ pub(crate) struct Hot {
     limit: u64,
     entry_stack: u64,
     temp: u64,
+    /// What an access to the stack wants, while it is looked at.
+    wanted: u64,
     origin: u32,
     /// The link by which translated code was left.
     link: u32,
@@ -134,6 +146,7 @@ impl Hot {
             limit: 0,
             entry_stack: 0,
             temp: 0,
+            wanted: 0,
             origin: 0,
             link: NO_LINK,
             vectors: 0,
@@ -162,10 +175,15 @@ struct OpenLink {
     target: u64,
 }
 
+/// Operations that code points to: they must not move.
+type Ops = Vec<Box<Op>>;
+
 /// What is translated of one page.
 struct PageCode {
     version: u32,
     blocks: Vec<u64>,
+    /// Number of its record: where it was last found to be mapped ([`Jit::record`]).
+    record: Option<usize>,
 }
 
 /// All translated code of one vCPU.
@@ -181,13 +199,23 @@ pub(crate) struct Jit {
     /// Code for instructions that straddle pages, by the second page's address. What `blocks` has of them leads to the jump
     /// cache, as it is by linear address that the second page is found.
     straddling: HashMap<u64, HashMap<u64, u64>, BuildHasherDefault<Mix>>,
+    /// Entries of blocks for jumps from other pages.
+    foreign: HashMap<u64, u64, BuildHasherDefault<Mix>>,
+    /// Records given out.
+    records: usize,
     links: Vec<OpenLink>,
-    #[expect(clippy::vec_box, reason = "operations are pointed to and must not move")]
-    ops: Vec<Box<Op>>,
+    ops: Ops,
     /// Jumps may lead to other blocks at once.
     chain: bool,
+    /// Blocks go on behind conditional jumps and calls.
+    extends: bool,
+    /// Blocks hold only what lockstep can run twice.
+    repeatable: bool,
     /// Instructions in a block at most.
     most: usize,
+    /// Spoils what was translated, for tests.
+    #[cfg(test)]
+    spoil: Option<fn(&mut [u8])>,
 }
 
 /// What was found at an address.
@@ -200,6 +228,7 @@ enum Found {
 impl Jit {
     pub(crate) fn new() -> io::Result<Self> {
         let mut memory = CodeMemory::new()?;
+        memory.reserve(16 * RECORDS);
         let mut asm = asm::Asm::new(memory.next());
         let wide = std::arch::is_x86_feature_detected!("avx");
         let glue = glue::emit(&mut asm, help::access, help::handler, wide);
@@ -216,17 +245,30 @@ impl Jit {
             blocks: HashMap::default(),
             pages: HashMap::default(),
             straddling: HashMap::default(),
+            foreign: HashMap::default(),
+            records: 0,
             links: Vec::new(),
             ops: Vec::new(),
             chain: true,
+            extends: true,
+            repeatable: false,
             most: MAX_INSTRUCTIONS,
+            #[cfg(test)]
+            spoil: None,
         })
     }
 
     /// For comparisons: blocks of so many instructions at most, each on its own.
     pub(crate) fn set_alone(&mut self, most: usize) {
-        (self.chain, self.most) = (false, most.clamp(1, MAX_INSTRUCTIONS));
+        (self.chain, self.extends) = (false, false);
+        self.most = most.clamp(1, MAX_INSTRUCTIONS);
         self.clear();
+    }
+
+    /// For comparisons: blocks that go on behind jumps, each on its own.
+    pub(crate) fn set_extended(&mut self) {
+        self.set_alone(MAX_INSTRUCTIONS);
+        self.extends = true;
     }
 
     /// Drops all code.
@@ -236,6 +278,8 @@ impl Jit {
         self.blocks.clear();
         self.pages.clear();
         self.straddling.clear();
+        self.foreign.clear();
+        self.records = 0;
         self.links.clear();
         self.ops.clear();
     }
@@ -250,8 +294,53 @@ impl Jit {
             for block in &code.blocks {
                 self.blocks.remove(block);
                 self.straddling.remove(block);
+                self.foreign.remove(block);
+            }
+            if let Some(record) = code.record {
+                self.memory.set_data(16 * record + 8, u64::MAX);
             }
         }
+    }
+
+    /// Notes that a page is mapped at `linear` under a stamp.
+    fn record(&mut self, page: usize, linear: u64, stamp: u64) {
+        let Some(code) = self.pages.get_mut(&page) else { return };
+        if code.record.is_none() && self.records < RECORDS {
+            code.record = Some(self.records);
+            self.records += 1;
+        }
+        if let Some(record) = code.record {
+            self.memory.set_data(16 * record, linear & !(PAGE - 1));
+            self.memory.set_data(16 * record + 8, stamp);
+        }
+    }
+
+    /// Where jumps from other pages enter a block, with its linear address in R8: first they make sure that its page still is
+    /// where they think.
+    fn foreign(&mut self, id: u64, entry: Entry, page: usize) -> u64 {
+        if let Some(&code) = self.foreign.get(&id) {
+            return code;
+        }
+        let record = self.pages.get(&page).and_then(|code| code.record);
+        let (Some(record), false) = (record, self.straddling.contains_key(&id)) else {
+            return self.glue.dispatch_at_once;
+        };
+        let mut a = asm::Asm::new(self.memory.next());
+        let at = a.here();
+        a.mov(asm::R9, asm::R8);
+        a.and_imm(true, asm::R9, -4096);
+        a.near(0x3b, asm::R9, self.memory.data(16 * record));
+        a.jcc(asm::NOT_EQUAL, self.glue.dispatch_at_once);
+        a.load(asm::R10, glue::STAMP);
+        a.near(0x3b, asm::R10, self.memory.data(16 * record + 8));
+        a.jcc(asm::NOT_EQUAL, self.glue.dispatch_at_once);
+        a.store(glue::BASE, asm::R9);
+        a.jmp(entry.from_memory);
+        if !self.memory.add(&a.code, &[]) {
+            return self.glue.dispatch_at_once;
+        }
+        self.foreign.insert(id, at);
+        at
     }
 
     /// Drops the code of pages that have changed.
@@ -269,7 +358,7 @@ impl Jit {
             // It has changed since its other blocks were made.
             self.drop_page(page);
         }
-        let code = self.pages.entry(page).or_insert(PageCode { version, blocks: Vec::new() });
+        let code = self.pages.entry(page).or_insert(PageCode { version, blocks: Vec::new(), record: None });
         code.blocks.push(id);
     }
 
@@ -395,15 +484,24 @@ impl Cpu {
                 None => return Ok(Found::Step),
             },
         };
-        if let (Some(open), Some(entry)) = (jit.links.get(link as usize), jit.blocks.get(&id))
-            && open.target == id
-        {
-            jit.memory
-                .link(open.link.end, if open.link.in_host { entry.from_host } else { entry.from_memory });
-        }
         if jit.chain {
             // Translating may have made others flush us.
-            jit.jumps[Jit::slot(linear)] = Jump { linear, stamp: self.code_stamp(), code, unused: 0 };
+            let now = self.code_stamp();
+            jit.jumps[Jit::slot(linear)] = Jump { linear, stamp: now, code, unused: 0 };
+            jit.record(page.index, linear, now);
+        }
+        // The link that was left by, if nothing has come between: an interrupt, say.
+        if jit.chain
+            && self.left_for == (linear, stamp)
+            && let (Some(&open), Some(&entry)) = (jit.links.get(link as usize), jit.blocks.get(&id))
+        {
+            if open.link.far {
+                let to = jit.foreign(id, entry, page.index);
+                jit.memory.link(open.link.end, to);
+            } else if open.target == id {
+                let to = if open.link.in_host { entry.from_host } else { entry.from_memory };
+                jit.memory.link(open.link.end, to);
+            }
         }
         Ok(Found::Code(code))
     }
@@ -414,9 +512,11 @@ impl Cpu {
             self.blocks.clear();
             self.thunks.clear();
             jit.clear();
+            self.forget_blocks();
         }
         if jit.memory.room() < RESERVE {
             jit.clear();
+            self.forget_blocks();
             self.stats.translations.flushes += 1;
         }
         let at = (linear % PAGE) as u16;
@@ -427,7 +527,7 @@ impl Cpu {
             let mut bytes = [0u8; PAGE as usize + 16];
             crate::decode::copy_code(&first, 0, &mut bytes[..PAGE as usize]);
             let known = |at: u16| jit.blocks.get(&(prefix | u64::from(at) << Key::BITS)).copied();
-            let (most, on, cpuid) = (jit.most, jit.chain, &shared.cpuid);
+            let (most, on, cpuid) = (jit.most, jit.extends, &shared.cpuid);
             let source = Source { page: &bytes, len: PAGE as usize, key, most, on, known: &known, cpuid };
             let mut insns = translate::decode(&source, at, &mut jit.table);
             let mut second = None;
@@ -441,6 +541,9 @@ impl Cpu {
                     Source { page: &bytes, len: bytes.len(), key, most: 1, on, known: &known, cpuid };
                 insns = translate::decode(&source, at, &mut jit.table);
                 second = Some(page);
+            }
+            if jit.repeatable {
+                self.keep_repeatable(&bytes, &mut insns);
             }
             let Some(last) = insns.last() else { return Ok(None) };
             let len = (last.end() - at) as usize;
@@ -466,11 +569,18 @@ impl Cpu {
                 known: &known,
                 cpuid: &shared.cpuid,
                 chain: jit.chain,
+                foresees: jit.chain || jit.repeatable,
             };
             let origin = jit.memory.next();
             let aside = |len| jit.memory.next_aside(len);
             let made = translate::translate(origin, aside, request, &mut insns, &ops, &mut jit.table);
-            let Some(Made { code, aside, entry, links }) = made else { return Ok(None) };
+            #[cfg_attr(not(test), expect(unused_mut, reason = "tests spoil it"))]
+            let Some(Made { mut code, aside, entry, links }) = made else { return Ok(None) };
+            #[cfg(test)]
+            if let Some(spoil) = jit.spoil {
+                spoil(&mut code);
+            }
+            self.describe_block(entry.from_memory, &insns, &bytes);
             dump::block(linear, origin, &insns, &code);
             if !jit.memory.add(&code, &aside) {
                 return Ok(None);
@@ -500,7 +610,7 @@ impl Cpu {
     /// The operations for those instructions that have none but their handlers.
     fn operations(
         &mut self,
-        #[expect(clippy::vec_box, reason = "as in `Jit`")] ops: &mut Vec<Box<Op>>,
+        ops: &mut Ops,
         page: &[u8],
         insns: &[translate::Decoded],
     ) -> Vec<Option<*const Op>> {
@@ -538,6 +648,7 @@ impl Cpu {
             let enter: extern "sysv64" fn(u64) = std::mem::transmute(enter as *const ());
             enter(code);
         }
+        self.left_for = (self.rip, self.hot.stamp);
     }
 
     /// Runs the block at RIP, alone, leaving what it raises in [`Cpu::raised`]: for comparisons. False if it cannot be

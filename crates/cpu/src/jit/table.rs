@@ -51,6 +51,8 @@ pub(super) enum Field {
 pub(super) struct Info {
     pub(super) class: Class,
     pub(super) fields: [Field; 4],
+    /// The operand in ModRM's second field may be in memory too.
+    pub(super) rm_or_mem: bool,
     /// Operands that are written, by bit.
     pub(super) written: u8,
     /// VEX-encoded; else legacy.
@@ -100,6 +102,10 @@ fn look(insn: &Instruction, cpuid: &CpuidTable, factory: &mut InstructionInfoFac
     let mut info = Info {
         class: Class::Handler,
         fields: std::array::from_fn(|i| kinds.op_kinds().get(i).map_or(Field::None, |&k| field(k))),
+        rm_or_mem: kinds.op_kinds().iter().any(|&k| {
+            use OpCodeOperandKind as K;
+            matches!(k, K::r8_or_mem | K::r16_or_mem | K::r32_or_mem | K::r64_or_mem)
+        }),
         written: 0,
         vex: encoding == EncodingKind::VEX,
         modrm: has_modrm(insn),
@@ -127,6 +133,10 @@ fn look(insn: &Instruction, cpuid: &CpuidTable, factory: &mut InstructionInfoFac
         info.counted = true;
         info.flags_changed = changed;
         info.flags_read = if matches!(insn.mnemonic(), Mnemonic::Rcl | Mnemonic::Rcr) { 1 } else { 0 };
+    }
+    if matches!(insn.mnemonic(), Mnemonic::Bt | Mnemonic::Bts | Mnemonic::Btr | Mnemonic::Btc) {
+        // The others are undefined by the book and stay what they are on every processor.
+        info.flags_changed = 1;
     }
     info.class = class(insn);
     if info.class != Class::Handler || is_general(insn) {

@@ -187,7 +187,7 @@ impl Cpu {
             let at = linear.wrapping_add(done as u64);
             let len = ((PAGE - at % PAGE) as usize).min(from.len() - done);
             if let Place::Memory { page, .. } = self.place(context, at, Access::Write)? {
-                self.about_to_write(page.index, at % PAGE, len as u64)?;
+                self.about_to_write(page, at % PAGE, len as u64)?;
             }
             done += len;
         }
@@ -290,10 +290,10 @@ impl Cpu {
         };
         let Translation { gpa, writable, shift, global } = self.walk(linear, access, user, smap)?;
         let Some(page) = self.memory.page(gpa) else {
-            return Ok(Place::Io(gpa | linear % PAGE));
+            return self.device(gpa | linear % PAGE);
         };
         if access == Access::Write && !page.writable {
-            return Ok(Place::Io(gpa | linear % PAGE));
+            return self.device(gpa | linear % PAGE);
         }
         let logged = self.memory.dirty_logging();
         if logged && access == Access::Write {
@@ -301,10 +301,28 @@ impl Cpu {
         }
         // Another processor may have cleared the mask under the code that runs here.
         let watched = self.memory.watch(page.index).load(Ordering::SeqCst) != 0
-            || self.blocks.runs_on(page.index) && self.blocks.running_stale();
+            || self.blocks.runs_on(page.index) && self.blocks.running_stale()
+            || self.jit.is_some() && self.memory.epoch() != self.code_epoch;
         let free = writable && page.writable && !watched && (!logged || access == Access::Write);
         self.tlb.fill(context, linear, Found { gpa, page, free, shift }, global);
         Ok(Place::Memory { page, gpa: gpa | linear % PAGE })
+    }
+
+    /// An access leads to a device, which lockstep does not repeat.
+    fn device(&mut self, gpa: u64) -> Exec<Place> {
+        if self.lockstep.as_mut().is_some_and(|l| l.refuses_device()) {
+            self.raised = Raised::Failed("lockstep met a device");
+            return Err(Abort);
+        }
+        Ok(Place::Io(gpa))
+    }
+
+    /// Lockstep wants to know of bytes that are about to be overwritten.
+    #[inline(always)]
+    fn note_write(&mut self, page: HostPage, offset: u64, len: usize) {
+        if let Some(lockstep) = &mut self.lockstep {
+            lockstep.note_write(page.host.as_ptr().wrapping_add(offset as usize), len);
+        }
     }
 
     #[cold]
@@ -342,7 +360,7 @@ impl Cpu {
         } else {
             match self.place(context, linear, Access::Write)? {
                 Place::Memory { page, .. } => {
-                    self.about_to_write(page.index, linear % PAGE, size)?;
+                    self.about_to_write(page, linear % PAGE, size)?;
                     // SAFETY: the page is mapped, writable, and the access stays in it.
                     unsafe { T::store(page.host.as_ptr().add((linear % PAGE) as usize), value) };
                     self.memory.written(page.index, linear % PAGE, size);
@@ -388,7 +406,7 @@ impl Cpu {
         }
         let old = match self.place(context, linear, Access::Write)? {
             Place::Memory { page, .. } => {
-                self.about_to_write(page.index, linear % PAGE, size)?;
+                self.about_to_write(page, linear % PAGE, size)?;
                 // SAFETY: the page is mapped, writable, and the access stays in it.
                 let old = unsafe {
                     locked_modify(page.host.as_ptr().add((linear % PAGE) as usize), &mut self.status, f)
@@ -444,7 +462,7 @@ impl Cpu {
         }
         match self.place(self.tlb.context(), linear, Access::Write)? {
             Place::Memory { page, .. } => {
-                self.about_to_write(page.index, linear % PAGE, 16)?;
+                self.about_to_write(page, linear % PAGE, 16)?;
                 let at = page.host.as_ptr().wrapping_add((linear % PAGE) as usize);
                 let (mut low, mut high) = (old as u64, (old >> 64) as u64);
                 // SAFETY: 16 aligned bytes of a mapped, writable page. RBX is the compiler's, so it is swapped in.
@@ -488,7 +506,7 @@ impl Cpu {
             if let Place::Memory { page, gpa } =
                 self.place(context, linear.wrapping_add(i as u64), Access::Write)?
             {
-                self.about_to_write(page.index, gpa % PAGE, 1)?;
+                self.about_to_write(page, gpa % PAGE, 1)?;
             }
         }
         for (i, &byte) in from.iter().enumerate() {
@@ -519,16 +537,17 @@ impl Cpu {
 
     /// Before bytes of a memory page are written on the slow path: an instruction that is about to change code behind it
     /// in its own block starts again, alone, so that the new code is what runs next.
-    fn about_to_write(&mut self, page: usize, offset: u64, len: u64) -> Exec {
-        let watched =
-            self.memory.watch(page).load(Ordering::SeqCst) & GuestMemory::watch_mask(offset, len) != 0;
-        if self.blocks.runs_on(page)
+    fn about_to_write(&mut self, page: HostPage, offset: u64, len: u64) -> Exec {
+        let mask = GuestMemory::watch_mask(offset, len);
+        let watched = self.memory.watch(page.index).load(Ordering::SeqCst) & mask != 0;
+        if self.blocks.runs_on(page.index)
             && (watched || self.blocks.running_stale())
             && !self.blocks.running_alone()
         {
             self.raised = Raised::Restart;
             return Err(Abort);
         }
+        self.note_write(page, offset, len as usize);
         Ok(())
     }
 

@@ -229,11 +229,28 @@ impl Space {
     }
 }
 
+/// A page that is in the array in use and may be written: its linear address, and what to add to that for the host's. A copy,
+/// which goes whenever translations do.
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct StackPage {
+    page: u64,
+    delta: u64,
+}
+
+const NO_STACK: StackPage = StackPage { page: INVALID, delta: 0 };
+
 /// All translations of one vCPU.
 #[repr(C)]
 pub(crate) struct Tlb {
     /// Array in use. Generated code looks here.
     pub(crate) current: NonNull<Entry>,
+    /// The page that the stack was last in. Generated code looks here, and fills it.
+    stack: StackPage,
+    /// Array in which the interpreter looks before it writes: `current`, or none.
+    writing: NonNull<Entry>,
+    /// The interpreter's writes take the slow path, all of them.
+    writes_slowly: bool,
     stamp: u64,
     context: Context,
     /// Index of the address space in use.
@@ -258,6 +275,9 @@ impl Tlb {
     pub(crate) fn new(pages: usize) -> Self {
         let mut tlb = Self {
             current: nothing(),
+            stack: NO_STACK,
+            writing: nothing(),
+            writes_slowly: false,
             stamp: 0,
             context: Context::Kernel,
             space: 0,
@@ -290,6 +310,12 @@ impl Tlb {
         self.stamp
     }
 
+    /// Makes all writes of the interpreter take the slow path, or lets them go.
+    pub(crate) fn write_slowly(&mut self, slowly: bool) {
+        self.writes_slowly = slowly;
+        self.writing = if slowly { nothing() } else { self.current };
+    }
+
     #[inline(always)]
     fn entry(&self, linear: u64) -> &Entry {
         // SAFETY: the index is masked to the array's length, and `current` points to an array that lives.
@@ -307,7 +333,8 @@ impl Tlb {
     /// Host address for writing `size` bytes, if cached and within one page.
     #[inline(always)]
     pub(crate) fn write(&self, linear: u64, size: u64) -> Option<*mut u8> {
-        let entry = self.entry(linear);
+        // SAFETY: as in `entry`; `writing` points to the same array, or to `nothing()`.
+        let entry = unsafe { &*self.writing.as_ptr().add(index(linear)) };
         (entry.write == page_of(linear.wrapping_add(size - 1)))
             .then(|| entry.delta.wrapping_add(linear) as *mut u8)
     }
@@ -435,6 +462,7 @@ impl Tlb {
 
     /// Forgets one page in every address space (INVLPG; a large page goes whole).
     pub(crate) fn flush_page(&mut self, linear: u64) {
+        self.stack = NO_STACK;
         let large = self.large.may_hold(linear);
         let large_code = self.large_code.may_hold(linear);
         for space in &mut self.spaces {
@@ -454,6 +482,7 @@ impl Tlb {
 
     /// Makes every write take the slow path once more: somebody watches a page, or the dirty log was taken.
     pub(crate) fn forget_writes(&mut self) {
+        self.stack = NO_STACK;
         for array in self.spaces.iter_mut().flat_map(|s| s.arrays.iter_mut().flatten()) {
             array.change(Entry::without_write);
         }
@@ -462,6 +491,7 @@ impl Tlb {
 
     /// As [`Tlb::forget_writes`], for one page of guest memory.
     pub(crate) fn forget_writes_to(&mut self, frame: Frame) {
+        self.stack = NO_STACK;
         let only = match self.hints.take(frame.index) {
             Writable::Nowhere => return,
             Writable::At(at) => Some(at),
@@ -486,6 +516,7 @@ impl Tlb {
     }
 
     fn clear_space(&mut self, space: usize) {
+        self.stack = NO_STACK;
         let life = self.next();
         self.spaces[space].clear(life);
     }
@@ -511,8 +542,10 @@ impl Tlb {
 
     /// Brings `current` up to date.
     fn point(&mut self) {
+        self.stack = NO_STACK;
         let array = self.spaces[self.space].arrays.get(self.context as usize).and_then(Option::as_ref);
         self.current = array.map_or_else(nothing, |array| array.at);
+        self.write_slowly(self.writes_slowly);
     }
 }
 
@@ -544,6 +577,9 @@ pub(crate) struct TlbLayout;
 impl TlbLayout {
     /// The array in use, from the start of [`Tlb`].
     pub(crate) const CURRENT: usize = std::mem::offset_of!(Tlb, current);
+    /// Page and delta of the stack's page, likewise.
+    pub(crate) const STACK_PAGE: usize = std::mem::offset_of!(Tlb, stack.page);
+    pub(crate) const STACK_DELTA: usize = std::mem::offset_of!(Tlb, stack.delta);
     /// log2 of the size of an entry.
     pub(crate) const SHIFT: u8 = size_of::<Entry>().trailing_zeros() as u8;
     /// Byte offsets of entries, as a mask.

@@ -31,6 +31,7 @@ pub(super) const AVX_SIZE: usize = 256;
 pub(super) const AREA: usize = AVX_AT + AVX_SIZE;
 
 /// Registers and scratch space of a thunk, at offsets that generated code knows.
+#[derive(Clone)]
 #[repr(C, align(64))]
 pub(crate) struct Frame {
     /// Vector registers, 64 bytes each so that wider ones have their place.
@@ -61,6 +62,7 @@ impl FrameLayout {
 }
 
 /// The floating-point and vector state of one processor.
+#[derive(Clone)]
 pub(crate) struct Fpu {
     pub(super) frame: Frame,
     /// Selector of the last x87 instruction, on processors that still keep it.
@@ -221,6 +223,26 @@ impl Fpu {
         put_image_mxcsr(image, self.frame.mxcsr);
         for (to, from) in ymm.iter_mut().zip(&self.frame.vector) {
             to.copy_from_slice(&from[..4]);
+        }
+    }
+
+    /// Says what of another state is not as in this one, the interpreter's.
+    pub(crate) fn differences(&self, translated: &Self, differences: &mut Vec<String>) {
+        let (ours, theirs) = (&self.frame, &translated.frame);
+        for (n, (a, b)) in ours.vector.iter().zip(&theirs.vector).enumerate().filter(|(_, (a, b))| a != b) {
+            differences.push(format!("vector {n}: interpreter {a:x?}, translated {b:x?}"));
+        }
+        if ours.mxcsr != theirs.mxcsr {
+            differences.push(format!("mxcsr: interpreter {:#x}, translated {:#x}", ours.mxcsr, theirs.mxcsr));
+        }
+        let image = |fpu: &Self| {
+            let mut image = [0; fx::XMM];
+            fpu.put_x87(&mut image, true);
+            (image, fpu.fcs, fpu.fds)
+        };
+        if image(self) != image(translated) {
+            let (a, b) = (image(self), image(translated));
+            differences.push(format!("x87: interpreter {a:x?}, translated {b:x?}"));
         }
     }
 

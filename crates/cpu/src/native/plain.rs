@@ -461,6 +461,8 @@ pub(crate) fn direct(insn: &Instruction, cpuid: &CpuidTable) -> Option<Direct> {
             | M::Clwb
             | M::Cldemote
             | M::Vcvtps2ph
+            // Makes room for other processors now and then.
+            | M::Pause
     ) || insn.is_vsib()
         || insn.cpuid_features().iter().any(|f| matches!(f, CpuidFeature::XSAVE | CpuidFeature::FXSR));
     if elsewhere {

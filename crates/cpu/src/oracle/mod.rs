@@ -4,6 +4,7 @@
 //! [`generate`] makes a [`case`] from a seed, [`hardware`] and [`subject`] run it, [`compare`] says what differs, and what
 //! differs is cut down to its smallest form here.
 
+pub mod blocks;
 pub mod case;
 pub mod compare;
 mod encodings;

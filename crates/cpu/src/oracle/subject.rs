@@ -73,6 +73,46 @@ impl Subject {
         Ok(subject)
     }
 
+    /// The translator, for runs of instructions.
+    pub(super) fn translator_at(level: super::blocks::Level) -> Result<Self, SubjectError> {
+        use super::blocks::Level;
+        let mut subject = Self::translator()?;
+        if let Some(jit) = &mut subject.cpu.jit {
+            match level {
+                Level::Alone => {}
+                Level::Straight => jit.set_alone(usize::MAX),
+                Level::Extended => jit.set_extended(),
+                Level::Chained => **jit = crate::jit::Jit::new()?,
+            }
+        }
+        Ok(subject)
+    }
+
+    /// Puts code into memory.
+    pub(super) fn write_code(&self, rip: u64, code: &[u8]) -> Result<(), MemoryError> {
+        self.cpu.memory.write(CODE_AT + rip.wrapping_sub(CODE), code)
+    }
+
+    /// Puts breakpoints in its place.
+    pub(super) fn erase_code(&self, rip: u64, len: usize) -> Result<(), MemoryError> {
+        self.write_code(rip, &vec![BREAKPOINT; len])
+    }
+
+    /// Goes on to the first exception.
+    pub(super) fn to_exception(&mut self) -> Result<Event, SubjectError> {
+        for _ in 0..1 << 16 {
+            match self.step() {
+                Step::Done => {}
+                Step::Raised(e) => {
+                    let cr2 = if e.vector == 14 { self.cpu.cr2 } else { 0 };
+                    return Ok(Event { vector: e.vector.into(), error: e.error.unwrap_or(0), cr2 });
+                }
+                Step::Failed(why) => return Err(SubjectError::Stopped(why.into())),
+            }
+        }
+        Err(SubjectError::Stopped("it goes on for ever".into()))
+    }
+
     /// Sets it up.
     pub fn new() -> Result<Self, SubjectError> {
         let ram = RegionSpec { start: 0, size: MEMORY, kind: RegionKind::Ram };
@@ -96,7 +136,7 @@ impl Subject {
     }
 
     /// Puts a case's code and patches into memory.
-    fn write_memory(&self, case: &Case) -> Result<(), MemoryError> {
+    pub(super) fn write_memory(&self, case: &Case) -> Result<(), MemoryError> {
         let offset = case.state.rip.wrapping_sub(CODE);
         let code_len = (case.bytes().len() as u64).min(PAGE.saturating_sub(offset));
         self.cpu.memory.write(CODE_AT + offset, &case.bytes()[..code_len as usize])?;
@@ -182,7 +222,7 @@ impl Subject {
         Ok(&mut self.cpu)
     }
 
-    fn load(&mut self, case: &Case) {
+    pub(super) fn load(&mut self, case: &Case) {
         let cpu = &mut self.cpu;
         for (i, &value) in case.state.gpr.iter().enumerate() {
             cpu.regs.set_gpr(i, value);
@@ -200,7 +240,7 @@ impl Subject {
         cpu.look = false;
     }
 
-    fn store(&self, outcome: &mut Outcome) {
+    pub(super) fn store(&self, outcome: &mut Outcome) {
         let cpu = &self.cpu;
         let state = &mut outcome.state;
         for (i, value) in state.gpr.iter_mut().enumerate() {
@@ -211,7 +251,7 @@ impl Subject {
         cpu.fpu.visible(&mut state.x87, &mut state.ymm);
     }
 
-    fn look_at_window(&mut self, outcome: &mut Outcome) -> Result<(), SubjectError> {
+    pub(super) fn look_at_window(&mut self, outcome: &mut Outcome) -> Result<(), SubjectError> {
         let mut bytes = [0; WINDOW_SIZE];
         self.cpu.memory.read(WINDOW_AT, &mut bytes)?;
         for (word, from) in self.window.iter_mut().zip(bytes.chunks_exact(8)) {

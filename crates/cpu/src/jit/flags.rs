@@ -1,0 +1,138 @@
+//! Which status flags matter where, and where they are.
+
+use iced_x86::{Decoder, DecoderOptions, Instruction, OpKind};
+
+use super::PAGE;
+use super::glue::STATUS;
+use super::operands::{memory_operand, needs_handler};
+use super::table::{Class, Info, STATUS_FLAGS, Table};
+use super::translate::{Decoded, Request, Translator};
+
+/// Instructions looked at behind a jump to see whether flags are needed there.
+pub(super) const FORESIGHT: usize = 6;
+
+/// Works out backwards which flags matter where.
+pub(super) fn liveness(insns: &mut [Decoded], request: &Request<'_>, table: &mut Table) {
+    let Some(last) = insns.last() else { return };
+    let mut live = if last.goes_on() { foresee(request, table, i64::from(last.end())) } else { 0 };
+    for d in insns.iter_mut().rev() {
+        match d.info.class {
+            Class::Jump | Class::Call => live = foresee(request, table, d.insn.near_branch_target() as i64),
+            Class::Branch => live |= foresee(request, table, d.insn.near_branch_target() as i64),
+            Class::Return | Class::JumpIndirect | Class::CallIndirect => live = STATUS_FLAGS,
+            _ => {}
+        }
+        d.live_out = live;
+        live = live_before(&d.insn, &d.info, live);
+        d.live_in = live;
+    }
+}
+
+/// Whether flags must be put away before anything reads or partly changes them.
+pub(super) fn loses_flags_first(insns: &[Decoded]) -> bool {
+    for d in insns {
+        match d.info.class {
+            Class::Plain if memory_operand(&d.insn).is_some() || d.info.vector => return true,
+            Class::Plain if d.info.flags_read | d.info.flags_changed != 0 => return false,
+            Class::Plain | Class::Lea | Class::Nothing => {}
+            Class::Branch => return false,
+            _ => return true,
+        }
+    }
+    true
+}
+
+/// Flags that matter in front of an instruction, given those behind it.
+pub(super) fn live_before(insn: &Instruction, info: &Info, live: u16) -> u16 {
+    if info.class == Class::Handler {
+        return STATUS_FLAGS;
+    }
+    let changed =
+        if info.class == Class::Divide || !always_counts(insn, info) { 0 } else { info.flags_changed };
+    live & !changed | info.flags_read
+}
+
+/// Whether a shift certainly shifts, and so changes the flags.
+pub(super) fn always_counts(insn: &Instruction, info: &Info) -> bool {
+    if !info.counted {
+        return true;
+    }
+    let last = insn.op_count().saturating_sub(1);
+    match insn.op_kind(last) {
+        OpKind::Register => false,
+        OpKind::Immediate8 => {
+            let size = insn.op0_register().size().max(insn.memory_size().size());
+            // RCL and RCR of 8 and 16 bits count modulo 9 and 17.
+            let count = insn.immediate8() & if size == 8 { 63 } else { 31 };
+            count != 0 && size > 2
+        }
+        _ => true,
+    }
+}
+
+/// Flags that may be read at an offset of the page before they are written.
+pub(super) fn foresee(request: &Request<'_>, table: &mut Table, at: i64) -> u16 {
+    if !(0..PAGE as i64).contains(&at) || !request.foresees {
+        return STATUS_FLAGS;
+    }
+    if let Some(entry) = (request.known)(at as u16) {
+        return entry.live;
+    }
+    let page = &request.page[at as usize..PAGE as usize];
+    let mut decoder = Decoder::with_ip(64, page, at as u64, DecoderOptions::NONE);
+    let (mut unwritten, mut needed) = (STATUS_FLAGS, 0);
+    for _ in 0..FORESIGHT {
+        if !decoder.can_decode() {
+            break;
+        }
+        let insn = decoder.decode();
+        if insn.is_invalid() {
+            break;
+        }
+        let mut info = *table.get(&insn, request.cpuid);
+        if needs_handler(&insn, &info, request.key) {
+            info.class = Class::Handler;
+        }
+        needed |= live_before(&insn, &info, 0) & unwritten;
+        unwritten &= live_before(&insn, &info, STATUS_FLAGS);
+        let branch = matches!(info.class, Class::Branch);
+        if unwritten & !needed == 0 || branch || insn.flow_control() != iced_x86::FlowControl::Next {
+            break;
+        }
+    }
+    needed | unwritten
+}
+
+/// Where a block that may be part of a loop looks for attention: in front of the first instruction where no flags matter, or
+/// of the first.
+pub(super) fn poll_position(insns: &[Decoded]) -> Option<usize> {
+    let first = insns.iter().position(Decoded::loops)?;
+    Some(insns[..=first].iter().position(|d| d.live_in == 0).unwrap_or(0))
+}
+
+impl Translator<'_> {
+    /// Status flags are about to be lost: puts them away if anybody may want them.
+    pub(super) fn lose_flags(&mut self, live: u16, scratch: u8) {
+        if live != 0 && !self.in_memory && self.in_host {
+            self.asm.save_flags(STATUS, scratch);
+            self.in_memory = true;
+        }
+        self.in_host = false;
+    }
+
+    /// Status flags are about to be read, or partly changed.
+    pub(super) fn want_flags(&mut self, scratch: u8) {
+        if !self.in_host && self.in_memory {
+            self.asm.load_flags(STATUS, scratch);
+            self.in_host = true;
+        }
+    }
+
+    /// Status flags must be in memory.
+    pub(super) fn store_flags(&mut self, live: u16, scratch: u8) {
+        if live != 0 && !self.in_memory && self.in_host {
+            self.asm.save_flags(STATUS, scratch);
+            self.in_memory = true;
+        }
+    }
+}

@@ -1,0 +1,406 @@
+//! Operands: registers that have other places here, and memory.
+
+use iced_x86::{Instruction, OpKind, Register};
+
+use super::Key;
+use super::asm::{Asm, EQUAL, Mem, NOT_EQUAL, R8, R9, R10, R11, RSP};
+use super::encode::{self, Parts};
+use super::flags::always_counts;
+use super::glue::{BASE, CURRENT_TLB, STACK_DELTA, STACK_PAGE, VECTORS, home, segment_base};
+use super::help::Wanted;
+use super::stubs::Stub;
+use super::table::{Class, Field, Info};
+use super::translate::{Decoded, Translator};
+use crate::cpu::seg;
+use crate::mmu::TlbLayout;
+
+/// Where an access goes.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Place {
+    /// The linear address is in R8; once it is checked, the host's is.
+    Linear,
+    /// The linear address is the sum of a host register, which holds a guest's, and a displacement; once it is checked, what
+    /// must be added to it is in R8.
+    Based(u8, i32),
+}
+
+impl Place {
+    /// The operand, once checked.
+    pub(super) fn mem(self) -> Mem {
+        match self {
+            Self::Linear => Mem::At(R8, 0),
+            Self::Based(base, disp) => Mem::Sum(Some(R8), Some((base, 0)), disp),
+        }
+    }
+}
+
+/// Number of a general register.
+pub(super) fn number(register: Register) -> Option<u8> {
+    register.is_gpr().then(|| register.full_register().number() as u8)
+}
+
+/// Whether a guest register stays in memory.
+pub(super) fn is_homed(n: u8) -> bool {
+    (8..12).contains(&n)
+}
+
+/// Host register of a guest register that has one.
+pub(super) fn host(n: u8) -> u8 {
+    if n == RSP { R11 } else { n }
+}
+
+pub(super) fn operand_number(insn: &Instruction, i: u32) -> Option<u8> {
+    (i < insn.op_count() && insn.op_kind(i) == OpKind::Register).then(|| number(insn.op_register(i)))?
+}
+
+/// Whether the memory operand has a 32-bit address.
+pub(super) fn has_small_address(insn: &Instruction) -> bool {
+    let (base, index) = (insn.memory_base(), insn.memory_index());
+    let absolute = base == Register::None && index == Register::None;
+    base.size() == 4 || index.size() == 4 || absolute && insn.memory_displ_size() == 4
+}
+
+pub(super) fn has_high_byte(insn: &Instruction) -> bool {
+    (0..insn.op_count()).any(|i| {
+        insn.op_kind(i) == OpKind::Register
+            && matches!(insn.op_register(i), Register::AH | Register::BH | Register::CH | Register::DH)
+    })
+}
+
+pub(super) fn memory_operand(insn: &Instruction) -> Option<u32> {
+    (0..insn.op_count()).find(|&i| insn.op_kind(i) == OpKind::Memory)
+}
+
+/// Whether the interpreter's handler is to run an instruction, whatever its code promises.
+pub(super) fn needs_handler(insn: &Instruction, info: &Info, key: Key) -> bool {
+    use iced_x86::Mnemonic as M;
+    let memory = memory_operand(insn);
+    let size = insn.memory_size().size();
+    // An address that is not the sum of 64-bit registers and a displacement.
+    let odd = memory.is_some()
+        && (insn.memory_base() == Register::EIP
+            || insn.memory_base() == Register::RIP
+                && i32::try_from(insn.ip_rel_memory_address() as i64).is_err()
+            || i32::try_from(insn.memory_displacement64() as i64).is_err()
+                && insn.memory_base() != Register::RIP
+                && !has_small_address(insn));
+    match info.class {
+        Class::Plain => {
+            let unavailable =
+                info.vector && !key.sse() || info.avx && !key.avx() || info.arithmetic && !key.masked();
+            let bit_string = matches!(insn.mnemonic(), M::Bt | M::Bts | M::Btr | M::Btc)
+                && memory.is_some()
+                && insn.op_kind(1) == OpKind::Register;
+            let implicit = insn.op_kinds().any(|k| k > OpKind::Immediate32to64 && k != OpKind::Memory);
+            // High bytes allow no REX prefix, which the stand-in for RSP needs.
+            let clash =
+                has_high_byte(insn) && (0..insn.op_count()).any(|i| operand_number(insn, i) == Some(RSP));
+            // F3 makes one form of XCHG another instruction.
+            let repeated = insn.mnemonic() == M::Xchg && insn.has_rep_prefix();
+            // With other registers in the operand it might have more than 15 bytes.
+            let long = insn.len() > if memory.is_some() { 12 } else { 14 };
+            let strange = bit_string || implicit || odd || clash || repeated || long;
+            unavailable || strange || memory.is_some() && (size == 0 || size > 64)
+        }
+        Class::Lea => odd || insn.op0_register().size() == 2,
+        Class::Push | Class::JumpIndirect | Class::CallIndirect => odd || memory.is_some() && size != 8,
+        Class::Pop => memory.is_some(),
+        Class::Divide => odd,
+        _ => false,
+    }
+}
+
+impl Translator<'_> {
+    /// Puts the effective address of the memory operand, segment base included, into R8. R9 and R10 are lost. `None`: not
+    /// an address that code can be made for.
+    pub(super) fn address(&mut self, insn: &Instruction) -> Option<()> {
+        match insn.memory_base() {
+            Register::RIP => {
+                let at = insn.ip_rel_memory_address() as i64;
+                self.asm.load(R8, BASE);
+                self.asm.add_to_r8(at);
+            }
+            Register::EIP => return None,
+            _ => self.sum(R8, insn, true)?,
+        }
+        let segment = match insn.memory_segment() {
+            Register::FS => seg::FS,
+            Register::GS => seg::GS,
+            _ => return Some(()),
+        };
+        self.asm.load(R9, segment_base(segment));
+        self.asm.lea(R8, Mem::Sum(Some(R8), Some((R9, 0)), 0));
+        Some(())
+    }
+
+    /// LEA of the memory operand's offset, cut to the address size, and to 32 bits unless `wide`.
+    pub(super) fn sum(&mut self, to: u8, insn: &Instruction, wide: bool) -> Option<()> {
+        let mem = self.operand(insn)?;
+        self.asm.mem(&[], wide && !has_small_address(insn), &[0x8d], to, mem);
+        Some(())
+    }
+
+    /// The memory operand with registers that hold it: those that stay in memory are loaded into R9 and R10.
+    pub(super) fn operand(&mut self, insn: &Instruction) -> Option<Mem> {
+        let mut place = |register: Register, scratch: u8| match number(register) {
+            Some(n) if is_homed(n) => {
+                self.asm.load(scratch, home(n));
+                Some(scratch)
+            }
+            Some(n) => Some(host(n)),
+            None => None,
+        };
+        let base = place(insn.memory_base(), R9);
+        let index = place(insn.memory_index(), R10);
+        let index = index.map(|i| (i, insn.memory_index_scale().trailing_zeros() as u8));
+        let displacement = insn.memory_displacement64() as i64;
+        let disp = match i32::try_from(displacement) {
+            Ok(disp) => disp,
+            // A 32-bit address' displacement is not sign-extended.
+            Err(_) if has_small_address(insn) => displacement as i32,
+            Err(_) => return None,
+        };
+        Some(Mem::Sum(base, index, disp))
+    }
+
+    /// Where the memory operand lies: in the sum of a register and a displacement, if that is all, else in R8.
+    pub(super) fn place(&mut self, insn: &Instruction) -> Option<Place> {
+        let plain = insn.memory_index() == Register::None
+            && insn.memory_base().size() == 8
+            && insn.memory_base() != Register::RIP
+            && !matches!(insn.memory_segment(), Register::FS | Register::GS);
+        if plain
+            && let Some(n) = number(insn.memory_base()).filter(|&n| !is_homed(n))
+            && let Ok(disp) = i32::try_from(insn.memory_displacement64() as i64)
+            && disp < i32::MAX - 64
+        {
+            return Some(Place::Based(host(n), disp));
+        }
+        self.address(insn)?;
+        Some(Place::Linear)
+    }
+
+    /// Finds the host's page for an access. R8, R9 and R10 are lost; see [`Place`] for how the operand is addressed then.
+    pub(super) fn check(&mut self, place: Place, wanted: Wanted) {
+        let a = &mut self.asm;
+        let size = wanted.size() as i32;
+        let (base, disp) = match place {
+            Place::Linear => (R8, 0),
+            Place::Based(base, disp) => (base, disp),
+        };
+        let stack = base == R11 && wanted.size().is_power_of_two();
+        let sum = |a: &mut Asm, wide: bool, to: u8, more: i32| {
+            if disp + more == 0 {
+                a.regs(wide, &[0x89], base, to);
+            } else {
+                a.mem(&[], wide, &[0x8d], to, Mem::At(base, disp + more));
+            }
+        };
+        if stack {
+            // It is nearly always in the page it was in before, and aligned.
+            sum(a, true, R9, 0);
+            a.and_imm(true, R9, -4096 | (size - 1));
+            a.mem(&[], true, &[0x3b], R9, STACK_PAGE);
+            let from = a.jcc_forward(NOT_EQUAL);
+            a.load(R8, STACK_DELTA);
+            let resume = a.code.len();
+            self.open.push(self.stubs.len());
+            self.stubs.push(Stub::Access { from, place, wanted, resume, done: None });
+            return;
+        }
+        sum(a, false, R10, 0);
+        a.shr32(R10, 12 - TlbLayout::SHIFT);
+        a.and_imm(false, R10, TlbLayout::MASK);
+        a.mem(&[], true, &[0x03], R10, CURRENT_TLB);
+        if wanted.is_aligned() {
+            sum(a, true, R9, 0);
+            a.and_imm(true, R9, -4096 | (size - 1));
+        } else {
+            sum(a, true, R9, size - 1);
+            a.and_imm(true, R9, -4096);
+        }
+        let tag = if wanted.is_write() { TlbLayout::WRITE } else { TlbLayout::READ };
+        a.mem(&[], true, &[0x39], R9, Mem::At(R10, tag));
+        let from = a.jcc_forward(NOT_EQUAL);
+        let opcode = if matches!(place, Place::Linear) { 0x03 } else { 0x8b };
+        a.mem(&[], true, &[opcode], R8, Mem::At(R10, TlbLayout::DELTA));
+        let resume = a.code.len();
+        self.open.push(self.stubs.len());
+        self.stubs.push(Stub::Access { from, place, wanted, resume, done: None });
+    }
+
+    pub(super) fn wanted(&self, d: &Decoded, size: usize, write: bool) -> Wanted {
+        let over = matches!(d.insn.memory_segment(), Register::FS | Register::GS);
+        let base = d.insn.memory_base();
+        let stack = !over && matches!(base, Register::RSP | Register::RBP | Register::ESP | Register::EBP);
+        Wanted::new(d.at, d.insn.len() as u8, size as u8, write).on_stack(stack)
+    }
+
+    pub(super) fn want_vectors(&mut self, live: u16) {
+        if self.vectors {
+            return;
+        }
+        self.vectors = true;
+        self.lose_flags(live, R9);
+        self.asm.cmp_byte(VECTORS, 0);
+        let from = self.asm.jcc_forward(EQUAL);
+        let resume = self.asm.code.len();
+        self.stubs.push(Stub::Vectors { from, resume });
+    }
+
+    pub(super) fn plain(&mut self, d: &Decoded) -> Option<()> {
+        let (insn, info) = (&d.insn, &d.info);
+        let memory = memory_operand(insn);
+        let size = insn.memory_size().size();
+        let bytes = &self.request.page[d.at as usize..d.end() as usize];
+        let parts = encode::split(bytes, info)?;
+        if info.vector {
+            self.want_vectors(d.live_in);
+        }
+        let mut place = Place::Linear;
+        if let Some(operand) = memory {
+            let write = info.written >> operand & 1 != 0;
+            let aligned = info.aligned || insn.mnemonic() == iced_x86::Mnemonic::Cmpxchg16b;
+            self.lose_flags(d.live_in, R9);
+            place = if has_high_byte(insn) {
+                self.address(insn)?;
+                Place::Linear
+            } else {
+                self.place(insn)?
+            };
+            let wanted = self.wanted(d, size, write).aligned(aligned && size.is_power_of_two());
+            self.check(place, wanted);
+        }
+        // The flags that it reads, and those that it leaves alone.
+        let changed = if always_counts(insn, info) { info.flags_changed } else { 0 };
+        if info.flags_read != 0 || d.live_out & !changed != 0 && info.flags_changed != 0 {
+            self.want_flags(R9);
+        }
+        let high = has_high_byte(insn);
+        let moved =
+            (0..insn.op_count()).any(|i| operand_number(insn, i).is_some_and(|n| is_homed(n) || n == RSP));
+        if memory.is_none() && !moved {
+            self.asm.bytes(bytes);
+        } else {
+            self.rewritten(d, parts, memory.is_some(), high, place)?;
+        }
+        if info.flags_changed != 0 {
+            (self.in_host, self.in_memory) = (true, false);
+        }
+        Some(())
+    }
+
+    /// Writes an instruction with its operands where they are now: a register that stays in memory is read and written there,
+    /// if the instruction can, else loaded before and stored after.
+    pub(super) fn rewritten(
+        &mut self,
+        d: &Decoded,
+        mut parts: Parts,
+        memory: bool,
+        high: bool,
+        place: Place,
+    ) -> Option<()> {
+        let (insn, info) = (&d.insn, &d.info);
+        let mut exchanged = None;
+        let mut mem = place.mem();
+        let homed = |i: usize| operand_number(insn, i as u32).filter(|&n| is_homed(n));
+        let mut at_home = None;
+        if !memory {
+            let first = info.fields.iter().position(|&f| f == Field::Rm);
+            let second = info.fields.iter().position(|&f| f == Field::Reg);
+            let usable = |i: usize| homed(i).is_some() && self.may_stay_home(insn, info, i);
+            if let Some(i) = first.filter(|&i| usable(i) && info.rm_or_mem) {
+                at_home = Some(i);
+            } else if let (Some(first), Some(i)) = (first, second)
+                && homed(first).is_none()
+                && usable(i)
+            {
+                let mut opcode = 0;
+                if parts.exchange(&mut opcode) {
+                    exchanged = Some(opcode);
+                    at_home = Some(i);
+                }
+            }
+            if let Some(n) = at_home.and_then(homed) {
+                mem = home(n);
+            }
+        }
+        let written_only = matches!(
+            insn.mnemonic(),
+            iced_x86::Mnemonic::Mov
+                | iced_x86::Mnemonic::Movzx
+                | iced_x86::Mnemonic::Movsx
+                | iced_x86::Mnemonic::Movsxd
+        ) && insn.op0_register().size() >= 4;
+        // What is free, for the registers that must be loaded.
+        let mut free = if memory { vec![R10, R9] } else { vec![R10, R9, R8] };
+        let mut placed: [Option<(u8, u8)>; 4] = [None; 4];
+        for i in 0..insn.op_count().min(4) as usize {
+            let Some(n) = homed(i) else { continue };
+            if at_home == Some(i) || placed.iter().flatten().any(|p| p.0 == n) {
+                continue;
+            }
+            let scratch = free.pop()?;
+            placed[i] = Some((n, scratch));
+            let read_elsewhere = (1..4).any(|k| k != i && homed(k) == Some(n));
+            if !(i == 0 && written_only && !read_elsewhere) {
+                self.asm.load(scratch, home(n));
+            }
+        }
+        let placed_at = |n: u8| placed.iter().flatten().find(|p| p.0 == n).map(|p| p.1);
+        parts.emit(&mut self.asm, info, high, mem, exchanged, |i| {
+            let field = info.fields[i];
+            if field == Field::None || at_home == Some(i) {
+                return None;
+            }
+            match operand_number(insn, i as u32)? {
+                n if is_homed(n) => placed_at(n),
+                RSP => Some(R11),
+                _ => None,
+            }
+        });
+        for i in 0..insn.op_count().min(4) as usize {
+            if info.written >> i & 1 != 0
+                && at_home != Some(i)
+                && let Some(scratch) = homed(i).and_then(placed_at)
+            {
+                self.asm.store(home(homed(i)?), scratch);
+            }
+        }
+        Some(())
+    }
+
+    /// Whether an instruction may work on a register's home instead of the register.
+    pub(super) fn may_stay_home(&self, insn: &Instruction, info: &Info, i: usize) -> bool {
+        use iced_x86::Mnemonic as M;
+        let size = insn.op_register(i as u32).size();
+        let n = operand_number(insn, i as u32);
+        // Two operands of one register would see each other; with memory these are locked, or reach beyond it.
+        let alone = (0..insn.op_count()).filter(|&k| operand_number(insn, k) == n).count() == 1;
+        let other =
+            matches!(insn.mnemonic(), M::Xchg | M::Xadd | M::Cmpxchg | M::Bt | M::Bts | M::Btr | M::Btc);
+        // Writing 32 bits clears the rest of a register; writing fewer makes the next load wait.
+        // Vector instructions write less to memory than to a register; rotates and shifts leave other flags there.
+        let whole = info.written >> i & 1 == 0 || size == 8 && !info.vector && !info.counted;
+        // A field of the processor makes it longer by up to six bytes, of which no instruction has more than 15.
+        alone && !other && whole && insn.len() <= 9
+    }
+
+    pub(super) fn lea(&mut self, d: &Decoded) -> Option<()> {
+        let insn = &d.insn;
+        let n = number(insn.op0_register())?;
+        let wide = insn.op0_register().size() == 8;
+        let to = if is_homed(n) { R8 } else { host(n) };
+        if insn.memory_base() == Register::RIP {
+            self.asm.load(R8, BASE);
+            let disp = i32::try_from(insn.ip_rel_memory_address() as i64).ok()?;
+            self.asm.mem(&[], wide, &[0x8d], to, Mem::At(R8, disp));
+        } else {
+            self.sum(to, insn, wide)?;
+        }
+        if is_homed(n) {
+            self.asm.store(home(n), to);
+        }
+        Some(())
+    }
+}

@@ -1,0 +1,132 @@
+//! What stands out of a block's way: help, links, ways out.
+
+use super::asm::{Asm, Forward, Mem, R8, R9, R11};
+use super::glue::{BASE, STATUS};
+use super::help::Wanted;
+use super::operands::Place;
+use super::translate::{Link, Translator};
+
+/// What stands behind the block, out of the way.
+pub(super) enum Stub {
+    /// Help with an access.
+    Access { from: Forward, place: Place, wanted: Wanted, resume: usize, done: Option<usize> },
+    /// Run the handler instead.
+    Handler { from: Vec<Forward>, op: u64, resume: usize },
+    /// Leave, to be taken to the target of a link.
+    Link { from: Forward, number: usize, target: u16, save_flags: bool },
+    /// A jump to another page.
+    Far { from: Forward, target: i64, save_flags: bool },
+    /// Something wants attention.
+    Leave { from: Forward, at: u16, save_flags: bool },
+    /// The vector registers are to be made the guest's.
+    Vectors { from: Forward, resume: usize },
+}
+
+impl Stub {
+    /// Bytes of its code at most.
+    pub(super) fn most(&self) -> usize {
+        match self {
+            Self::Access { place: Place::Linear, .. } => 21,
+            Self::Access { .. } => 45,
+            Self::Handler { .. } => 20,
+            Self::Link { save_flags, .. } => 27 + if *save_flags { FLAGS_SAVED } else { 0 },
+            Self::Far { save_flags, .. } => 38 + if *save_flags { FLAGS_SAVED } else { 0 },
+            Self::Leave { save_flags, .. } => 21 + if *save_flags { FLAGS_SAVED } else { 0 },
+            Self::Vectors { .. } => 10,
+        }
+    }
+}
+
+/// Bytes of code that saves flags.
+pub(super) const FLAGS_SAVED: usize = 20;
+
+impl Translator<'_> {
+    /// Writes what stands out of the way, for where it will lie.
+    pub(super) fn finish_stubs(&mut self, at: impl FnOnce(usize) -> u64) -> Vec<u8> {
+        let glue = self.request.glue;
+        let stubs = std::mem::take(&mut self.stubs);
+        let len = stubs.iter().map(Stub::most).sum::<usize>();
+        let mut aside = Asm::new(at(len));
+        let (a, code) = (&mut aside, &mut self.asm);
+        let end_of_block = code.origin + code.code.len() as u64;
+        for stub in stubs {
+            let here = a.here();
+            match stub {
+                Stub::Access { from, place, wanted, resume, done } => {
+                    code.land_abroad(from, here);
+                    if let Place::Based(base, disp) = place {
+                        a.lea(R8, Mem::At(base, disp));
+                    }
+                    a.mov_imm32(R9, wanted.0);
+                    let stack = matches!(place, Place::Based(R11, _));
+                    a.call(if stack { glue.stack } else { glue.access });
+                    match place {
+                        Place::Linear => a.jmp(code.origin + resume as u64),
+                        Place::Based(base, disp) => {
+                            // What completes the instruction comes back five bytes further.
+                            let on = a.jmp_forward();
+                            a.jmp(done.map_or(end_of_block, |done| code.origin + done as u64));
+                            a.land(on);
+                            a.lea(R9, Mem::At(base, disp));
+                            a.regs(true, &[0x29], R9, R8); // sub r8, r9
+                            a.jmp(code.origin + resume as u64);
+                            continue;
+                        }
+                    }
+                    a.jmp(done.map_or(end_of_block, |done| code.origin + done as u64));
+                }
+                Stub::Handler { from, op, resume } => {
+                    for forward in from {
+                        code.land_abroad(forward, here);
+                    }
+                    a.mov_imm(R8, op);
+                    a.call(glue.handler);
+                    a.jmp(code.origin + resume as u64);
+                }
+                Stub::Link { from, number, target, save_flags } => {
+                    code.land_abroad(from, here);
+                    if save_flags {
+                        a.save_flags(STATUS, R9);
+                    }
+                    a.load(R8, BASE);
+                    a.lea(R8, Mem::At(R8, i32::from(target)));
+                    a.mov_imm32(R9, number as u32);
+                    a.jmp(glue.leave_to_link);
+                }
+                Stub::Far { from, target, save_flags } => {
+                    code.land_abroad(from, here);
+                    if save_flags {
+                        a.save_flags(STATUS, R9);
+                    }
+                    a.load(R8, BASE);
+                    a.add_to_r8(target);
+                    if self.request.chain {
+                        a.mov_imm32(R9, (self.request.first_link + self.links.len()) as u32);
+                        a.jmp(glue.leave_to_link);
+                        let target = (target & 0xfff) as u16;
+                        self.links.push(Link { end: a.here(), target, in_host: false, far: true });
+                    } else {
+                        a.jmp(glue.dispatch_at_once);
+                    }
+                }
+                Stub::Leave { from, at, save_flags } => {
+                    code.land_abroad(from, here);
+                    if save_flags {
+                        a.save_flags(STATUS, R9);
+                    }
+                    a.load(R8, BASE);
+                    a.lea(R8, Mem::At(R8, i32::from(at)));
+                    a.jmp(glue.leave);
+                }
+                Stub::Vectors { from, resume } => {
+                    code.land_abroad(from, here);
+                    a.call(glue.load_vectors);
+                    a.jmp(code.origin + resume as u64);
+                }
+            }
+        }
+        debug_assert!(aside.code.len() <= len);
+        aside.code.resize(len, 0xcc);
+        aside.code
+    }
+}
