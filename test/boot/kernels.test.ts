@@ -103,7 +103,7 @@ describe('an end', () => {
 })
 
 /** Kernels whose end QEMU's TCG, the processor of L1, does not reach by itself either, or only with a score of checks wrong. */
-const beyondL1 = new Set(['code-changes', 'precise-faults'])
+const beyondL1 = new Set(['code-changes', 'debugging', 'precise-faults', 'storms'])
 
 /**
  * What fails in L1 because QEMU's emulated processor gets it wrong. `qemu-system-x86_64 -accel kvm` there fails the same, but for
@@ -151,6 +151,8 @@ describe('the guest finds', () => {
     ['code-changes', 2],
     ['page-tables', 2],
     ['precise-faults', 2],
+    ['debugging', 1],
+    ['storms', 2],
     ['processors', 2],
     ['processors', 4],
   ] as const)('%s right with %i vCPU', { retry: inL1 ? 2 : 0 }, async ([name, cpus], { skip }) => {

@@ -495,6 +495,62 @@ main:   call    enable_avx
         cmp     $3000, %ebx
         expect  e, 26
 
+# 27: the very next instruction again, by instructions of many kinds. 28: and by those of AVX.
+        .macro  next_changes what
+        xor     %ebx, %ebx
+        movabs  $0x909090909090c5ff, %rax       # inc %ebp and no-ops
+        movabs  $0x9090909090909090, %rdx
+        movq    %rax, %xmm2
+        punpcklqdq %xmm2, %xmm2
+        xor     %ebp, %ebp
+        lea     .Lnext\@(%rip), %rdi
+        mov     %rax, scratch(%rip)
+        \what
+.Lnext\@:
+        .fill   16, 1, 0x90
+        cmp     $0, %ebp
+        setne   %bl
+        mov     %rdx, (%rdi)
+        mov     %rdx, 8(%rdi)
+        add     %ebx, %r12d
+        inc     %r13d
+        .endm
+        mov     $100, %r14d
+        xor     %r12d, %r12d
+        xor     %r13d, %r13d
+1:      next_changes "mov %rax, (%rdi)"
+        next_changes "movq %xmm2, (%rdi)"
+        next_changes "movups %xmm2, (%rdi)"
+        next_changes "movnti %rax, (%rdi)"
+        next_changes "movhps %xmm2, (%rdi)"
+        next_changes "xchg %rax, (%rdi)"
+        next_changes "fninit; fildll scratch(%rip); fistpll (%rdi)"
+        next_changes "movdq2q %xmm2, %mm1; movq %mm1, (%rdi)"
+        next_changes "pextrq $0, %xmm2, (%rdi)"
+        next_changes "pcmpeqd %xmm3, %xmm3; maskmovdqu %xmm3, %xmm2"
+        next_changes "mov $1, %ecx; rep stosq; sub $8, %rdi"
+        next_changes "stosq; sub $8, %rdi"
+        next_changes "lea scratch(%rip), %rsi; movsq; sub $8, %rdi"
+        next_changes "push %rax; pop (%rdi)"
+        next_changes "mov %rax, %rcx; mov %rdx, %rax; lock cmpxchg %rcx, (%rdi)"
+        dec     %r14d
+        jnz     1b
+        cmp     %r12d, %r13d
+        expect  e, 27
+        emms
+        cmpb    $0, avx_missing(%rip)
+        je      1f
+        skip_checks 28, 28
+        jmp     2f
+1:      xor     %r12d, %r12d
+        xor     %r13d, %r13d
+        next_changes "vmovups %xmm2, (%rdi)"
+        next_changes "vextractf128 $0, %ymm2, (%rdi)"
+        next_changes "vpcmpeqd %xmm3, %xmm3, %xmm3; vmaskmovpd %xmm2, %xmm3, (%rdi)"
+        cmp     %r12d, %r13d
+        expect  e, 28
+        vzeroupper
+2:
 # 30 to 75: every instruction that writes, upon code in a page of its own. 80 to 118: upon code in the page that it is in.
 # 130 to 175: through an alias, and then a serializing instruction.
         lea     far_function(%rip), %r13
@@ -556,7 +612,7 @@ main:   call    enable_avx
 
 # 122: loops without an end, ended from here without telling them, as every processor lets them; 123: at the latest after an IPI.
         movl    $0, not_told(%rip)
-        mov     $20, %r12d
+        mov     $8, %r12d
 1:      lea     endless_table(%rip), %r13
 2:      movl    $0, in_loop(%rip)
         mov     (%r13), %rdi
@@ -613,7 +669,7 @@ main:   call    enable_avx
 # 124: INT3 first, everyone told, the rest, everyone told, the first byte, everyone told: a 5-byte no-op and a jump, while others run it.
         sti
         call    barrier
-        mov     $30, %r12d
+        mov     $15, %r12d
 1:      lea     jump_bytes(%rip), %rsi
         call    poke
         lea     nop_bytes(%rip), %rsi
@@ -642,7 +698,7 @@ main:   call    enable_avx
 2:      pause
         loop    2b
         inc     %r12d
-        cmp     $4096, %r12d
+        cmp     $1500, %r12d
         jb      1b
         movl    $-1, published(%rip)
         call    barrier
@@ -826,7 +882,7 @@ change_own:
         add     %rdi, %r13
         movabs  $FUNCTION, %rax
         mov     %rax, (%r13)
-        mov     $5000, %r12d
+        mov     $1000, %r12d
 1:      mov     %r12d, 1(%r13)
         call    *%r13
         cmp     %eax, %r12d

@@ -5,10 +5,12 @@
  * @module
  */
 import { execFile } from 'node:child_process'
-import { existsSync } from 'node:fs'
-import { mkdir, mkdtemp, readdir, readFile, rename, rm, stat, symlink } from 'node:fs/promises'
+import { createHash } from 'node:crypto'
+import { createReadStream, createWriteStream, existsSync } from 'node:fs'
+import { copyFile, mkdir, mkdtemp, readdir, readFile, rename, rm, stat, symlink } from 'node:fs/promises'
 import { homedir } from 'node:os'
 import { dirname, join, relative } from 'node:path'
+import { pipeline } from 'node:stream/promises'
 import { fileURLToPath } from 'node:url'
 import { promisify } from 'node:util'
 import { Apt, fetchDebianPackages } from '../../dist/images/apt.js'
@@ -121,7 +123,7 @@ echo "the script ended with status $?"
 `
 
 /** This process's own Node and the libraries it needs. */
-async function hostNode(): Promise<InitramfsEntry[]> {
+export async function hostNode(): Promise<InitramfsEntry[]> {
   const { stdout } = await run('ldd', [process.execPath])
   const libraries = [...stdout.matchAll(/(?:=> |^\s+)(\/\S+)/gm)].map(([, path = '']) => path)
   return [
@@ -160,6 +162,53 @@ export async function largeInitramfs(language: keyof typeof SCRIPTS): Promise<{ 
   })
   const initrd = join(folder, 'initrd')
   return { initrd, size: (await stat(initrd)).size }
+}
+
+/** Guests with a Debian userland of one's own: the default image, and what `contents` says over it. */
+export interface Userland {
+  /** Packages, with all that they depend on. */
+  packages?: readonly string[]
+  /** Other files. */
+  entries?: readonly InitramfsEntry[]
+}
+
+/** The default image with more in it; made once for each content. */
+export async function debianWith(name: string, { packages: names = [], entries = [] }: Userland): Promise<Guest> {
+  const image = await debianCloud()
+  const hash = createHash('sha256').update(JSON.stringify([dirname(image.initrd), names]))
+  for (const entry of entries) {
+    const { mtimeMs } = 'source' in entry ? await stat(entry.source) : { mtimeMs: 0 }
+    hash.update(JSON.stringify([entry, mtimeMs]))
+  }
+  const folder = await once(`with-${name}-${hash.digest('hex').slice(0, 12)}`, async (into) => {
+    const [initrd, more] = [join(into, 'initrd'), join(into, 'more')]
+    const trees: InitramfsEntry[] = []
+    if (names.length > 0) trees.push({ path: '/', type: 'tree', source: await packages(names, true), filter: isNeeded })
+    await writeInitramfs(more, [...trees, ...entries])
+    // The kernel takes archives one behind the other, each at a multiple of 4.
+    await copyFile(image.initrd, initrd)
+    const start = Math.ceil((await stat(initrd)).size / 4) * 4
+    await pipeline(createReadStream(more), createWriteStream(initrd, { flags: 'r+', start }))
+    await rm(more)
+  })
+  return { ...image, initrd: join(folder, 'initrd') }
+}
+
+/** What nobody reads in a guest, and the graphics that stress-ng would like to have. */
+function isNeeded(path: string): boolean {
+  return !/(^|\/)(usr\/share\/(doc|man|locale|info|lintian|bug)|usr\/lib\/x86_64-linux-gnu\/(dri|libLLVM[^/]*|libgallium[^/]*))(\/|$)/.test(
+    path,
+  )
+}
+
+/** A program of `test/programs`, compiled to need no library. */
+export async function testProgram(name: string): Promise<string> {
+  const source = fileURLToPath(new URL(`../programs/${name}.c`, import.meta.url))
+  const folder = fileURLToPath(new URL('../../node_modules/.cache/skep/programs', import.meta.url))
+  await mkdir(folder, { recursive: true })
+  const program = join(folder, name)
+  await run('cc', ['-O2', '-static', '-o', program, source, '-lm'])
+  return program
 }
 
 let kernels: Promise<string> | undefined

@@ -189,6 +189,8 @@ pub(crate) struct Cpu {
     pub(crate) leave: bool,
     /// A debug trap (single step, data breakpoint) waits for the end of the instruction: DR6 bits to set.
     pub(crate) debug_trap: u64,
+    /// The instruction that runs ends in a single-step trap: TF was set before it, or what it does says so.
+    pub(crate) stepping: bool,
     /// What the local APIC said last.
     pub(crate) pending: Pending,
     /// Ask the local APIC again.
@@ -333,6 +335,7 @@ impl Cpu {
             shutdown: false,
             leave: false,
             debug_trap: 0,
+            stepping: false,
             pending: Pending::default(),
             ask_apic: true,
             code_epoch: 0,

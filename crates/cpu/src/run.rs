@@ -421,20 +421,21 @@ impl Cpu {
         }
         self.sti_shadow = false;
         self.mov_ss_shadow = false;
-        let stepping = self.flag(fl::TF);
+        self.stepping = self.flag(fl::TF);
         let resume = self.flag(fl::RF);
         match step(self) {
             Step::Done => {
                 if resume {
                     self.rflags_rest &= !fl::RF;
                 }
-                if stepping {
+                if std::mem::take(&mut self.stepping) {
                     self.debug_trap |= DR6_BS;
                 }
             }
             Step::Raised(e) => self.deliver_exception(e),
             Step::Failed(why) => self.raised = Raised::Failed(why),
         }
+        self.stepping = false;
         self.look = true;
     }
 

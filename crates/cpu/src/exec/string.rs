@@ -92,6 +92,8 @@ fn string<S: Strings, T: AluWord + MemWord>(cpu: &mut Cpu, op: &Op) -> Exec {
 fn repeat<S: Strings, T: AluWord + MemWord>(cpu: &mut Cpu, op: &Op) -> Exec {
     let mask = op.amask();
     let mut left = PATIENCE;
+    // A single step is one element.
+    let stepping = cpu.flag(fl::TF);
     loop {
         let count = cpu.regs.r64(at::RCX) & mask;
         if count == 0 {
@@ -102,7 +104,7 @@ fn repeat<S: Strings, T: AluWord + MemWord>(cpu: &mut Cpu, op: &Op) -> Exec {
             cpu.rip = cpu.rip.wrapping_sub(u64::from(op.len));
             return Ok(());
         }
-        let done = S::many::<T>(cpu, op, count)?;
+        let done = if stepping { 0 } else { S::many::<T>(cpu, op, count)? };
         let done = if done == 0 {
             S::one::<T>(cpu, op)?;
             1
@@ -114,7 +116,7 @@ fn repeat<S: Strings, T: AluWord + MemWord>(cpu: &mut Cpu, op: &Op) -> Exec {
         if S::COMPARES && (cpu.status & st::ZF != 0) != op.has(Op::REP) {
             return Ok(());
         }
-        if cpu.look || cpu.leave {
+        if cpu.look || cpu.leave || stepping {
             left = 0;
         }
     }

@@ -174,6 +174,7 @@ impl Cpu {
             }
             done += len;
         }
+        self.check_breakpoints(context, linear, into.len() as u64, false);
         Ok(())
     }
 
@@ -185,16 +186,23 @@ impl Cpu {
         while done < from.len() {
             let at = linear.wrapping_add(done as u64);
             let len = ((PAGE - at % PAGE) as usize).min(from.len() - done);
+            if let Place::Memory { page, .. } = self.place(context, at, Access::Write)? {
+                self.about_to_write(page, at % PAGE, len as u64)?;
+            }
+            done += len;
+        }
+        let mut done = 0;
+        while done < from.len() {
+            let at = linear.wrapping_add(done as u64);
+            let len = ((PAGE - at % PAGE) as usize).min(from.len() - done);
             let piece = &from[done..done + len];
             match self.place(context, at, Access::Write)? {
-                Place::Memory { page, gpa } => {
-                    self.note_write(page, gpa % PAGE, piece.len());
-                    self.copy(page, gpa, |memory, gpa| memory.write(gpa, piece));
-                }
+                Place::Memory { page, gpa } => self.copy(page, gpa, |memory, gpa| memory.write(gpa, piece)),
                 Place::Io(gpa) => self.io_write_bytes(gpa, piece),
             }
             done += len;
         }
+        self.check_breakpoints(context, linear, from.len() as u64, true);
         Ok(())
     }
 
@@ -464,6 +472,7 @@ impl Cpu {
                         inout("rax") low, inout("rdx") high, options(nostack));
                 }
                 self.memory.written(page.index, linear % PAGE, 16);
+                self.check_breakpoints(self.tlb.context(), linear, 16, true);
                 Ok(u128::from(std::mem::take(&mut low)) | u128::from(std::mem::take(&mut high)) << 64)
             }
             Place::Io(gpa) => {

@@ -232,3 +232,28 @@ fn thunks_are_shared_and_bounded() {
     assert_eq!(run(&mut cpu, b"\x66\x0f\x70\xc1\x1b"), Step::Done);
     assert_eq!(cpu.fpu.xmm(0), [4, 0, 0, 0, 3, 0, 0, 0, 2, 0, 0, 0, 1, 0, 0, 0], "reversed");
 }
+
+#[test]
+fn operands_of_every_size_meet_data_breakpoints() {
+    // MOVUPS, MOVQ, FSTP of 80 bits and FNSAVE to DATA, whose second 4 bytes are watched; MOVUPS from there.
+    let [store, quad, extended, save, load] = [
+        &[0x0f, 0x11, 0x05][..],
+        &[0x66, 0x0f, 0xd6, 0x05],
+        &[0xdb, 0x3d],
+        &[0xdd, 0x35],
+        &[0x0f, 0x10, 0x05],
+    ];
+    for (opcode, written, either) in
+        [(store, 1, 1), (quad, 1, 1), (extended, 1, 1), (save, 1, 1), (load, 0, 1)]
+    {
+        for (condition, hit) in [(1, written), (3, either)] {
+            let mut cpu = processor(|_, _, _| {});
+            cpu.dr[0] = DATA + 4;
+            cpu.dr7 = 1 | (3 << 2 | condition) << 16;
+            cpu.refresh_mode();
+            let code = [opcode, &(DATA as u32).to_le_bytes()].concat();
+            assert_eq!(run(&mut cpu, &code), Step::Done);
+            assert_eq!(cpu.debug_trap, hit, "{code:02x?}, {condition}");
+        }
+    }
+}

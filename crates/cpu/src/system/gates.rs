@@ -307,17 +307,26 @@ impl Cpu {
     }
 }
 
+impl Cpu {
+    /// INT n and its like. They clear TF: no single-step trap follows them (SDM vol. 3B §17.3.1.4).
+    fn interrupt(&mut self, vector: u8, source: Source) -> Exec {
+        self.deliver(vector, source, None, 0)?;
+        self.stepping = false;
+        Ok(())
+    }
+}
+
 pub(super) fn select(insn: &Instruction, op: &mut Op) -> Option<Handler> {
     Some(match insn.mnemonic() {
         Mnemonic::Int => {
             op.imm = u64::from(insn.immediate8());
-            |cpu, op| cpu.deliver(op.imm as u8, Source::Int, None, 0)
+            |cpu, op| cpu.interrupt(op.imm as u8, Source::Int)
         }
-        Mnemonic::Int3 => |cpu, _| cpu.deliver(vector::BP, Source::Breakpoint, None, 0),
-        Mnemonic::Int1 => |cpu, _| cpu.deliver(vector::DB, Source::Event, None, 0),
+        Mnemonic::Int3 => |cpu, _| cpu.interrupt(vector::BP, Source::Breakpoint),
+        Mnemonic::Int1 => |cpu, _| cpu.interrupt(vector::DB, Source::Event),
         Mnemonic::Into => |cpu, _| match cpu.rflags() & fl::OF {
             0 => Ok(()),
-            _ => cpu.deliver(vector::OF, Source::Breakpoint, None, 0),
+            _ => cpu.interrupt(vector::OF, Source::Breakpoint),
         },
         _ => return None,
     })

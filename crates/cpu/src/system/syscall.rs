@@ -8,6 +8,7 @@ use crate::cpu::{Cpu, efer, fl, seg};
 use crate::fault::Exec;
 use crate::op::{Handler, Op};
 use crate::regs::at;
+use crate::run::DR6_BS;
 
 pub(super) fn select(insn: &Instruction, _: &mut Op) -> Option<Handler> {
     Some(match insn.code() {
@@ -49,7 +50,20 @@ fn syscall(cpu: &mut Cpu, _: &Op) -> Exec {
     cpu.segs[seg::CS] = code(selector, 0, true);
     cpu.segs[seg::SS] = stack(selector.wrapping_add(8), 0);
     cpu.refresh_mode();
+    cpu.step_by_new_flags();
     Ok(())
+}
+
+impl Cpu {
+    /// Whether a single-step trap follows SYSCALL and SYSRET is up to the TF that they leave: a kernel that masks it is not
+    /// stepped into, and a return to stepped code traps before that runs.
+    fn step_by_new_flags(&mut self) {
+        self.stepping = self.flag(fl::TF);
+        if self.stepping {
+            self.debug_trap |= DR6_BS;
+            self.look = true;
+        }
+    }
 }
 
 fn sysret<const WIDE: bool>(cpu: &mut Cpu, _: &Op) -> Exec {
@@ -66,6 +80,7 @@ fn sysret<const WIDE: bool>(cpu: &mut Cpu, _: &Op) -> Exec {
     cpu.segs[seg::CS] = code(selector.wrapping_add(if WIDE { 16 } else { 0 }) | 3, 3, WIDE);
     cpu.segs[seg::SS] = stack(selector.wrapping_add(8) | 3, 3);
     cpu.refresh_mode();
+    cpu.step_by_new_flags();
     Ok(())
 }
 

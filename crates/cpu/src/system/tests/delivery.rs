@@ -303,3 +303,57 @@ fn a_delivery_that_faults_for_ever_ends() {
     assert!(cpu.look && !cpu.shutdown);
     assert_eq!((cpu.rip, cpu.regs.r64(at::RSP)), (CODE, STACK - 1));
 }
+
+/// Executes one instruction under TF: the trap that waits then, and how far RIP has come.
+fn stepped(cpu: &mut Cpu, bytes: &[u8]) -> (u64, u64) {
+    let before = cpu.rip;
+    cpu.memory.write(before, bytes).unwrap();
+    cpu.set_rflags(fl::TF | 2);
+    cpu.step_and_deliver();
+    (std::mem::take(&mut cpu.debug_trap), cpu.rip.wrapping_sub(before))
+}
+
+#[test]
+fn a_single_step_is_one_element_of_a_repeated_string_instruction() {
+    let mut cpu = long(0);
+    cpu.regs.set64(at::RCX, 3);
+    cpu.regs.set64(at::RDI, 0x5000);
+    let stos = [0xf3, 0xaa];
+    for (left, distance) in [(2, 0), (1, 0), (0, 2)] {
+        assert_eq!(stepped(&mut cpu, &stos), (DR6_BS, distance));
+        assert_eq!((cpu.regs.r64(at::RCX), cpu.regs.r64(at::RDI)), (left, 0x5003 - left));
+    }
+}
+
+#[test]
+fn software_interrupts_are_not_single_stepped() {
+    for bytes in [&[0xcd, 0x21][..], &[0xcc], &[0xf1]] {
+        let mut cpu = long(0);
+        for vector in [0x21, vector::BP, vector::DB] {
+            set_gate(&cpu, vector, gate(INTERRUPT_GATE, 0, CODE0, HANDLER, 0));
+        }
+        assert_eq!(stepped(&mut cpu, bytes), (0, HANDLER - CODE), "{bytes:02x?}");
+    }
+    let mut cpu = long(0);
+    assert_eq!(stepped(&mut cpu, &[0x90]), (DR6_BS, 1));
+}
+
+#[test]
+fn syscall_and_sysret_trap_by_the_flags_that_they_leave() {
+    for (mask, trap) in [(fl::TF, 0), (0, DR6_BS)] {
+        let mut cpu = long(3);
+        cpu.efer |= efer::SCE;
+        cpu.msrs.star = u64::from(CODE0) << 32;
+        cpu.msrs.lstar = HANDLER;
+        cpu.msrs.fmask = mask;
+        assert_eq!(stepped(&mut cpu, &[0x0f, 0x05]), (trap, HANDLER - CODE));
+    }
+    // From code that is not stepped to code that is.
+    let mut cpu = long(0);
+    cpu.efer |= efer::SCE;
+    cpu.msrs.star = u64::from(DATA0 | 3) << 48;
+    cpu.regs.set64(at::RCX, 0x9000);
+    cpu.regs.set64(at::R11, fl::TF | 2);
+    assert_eq!(execute(&mut cpu, &[0x48, 0x0f, 0x07]), Step::Done);
+    assert_eq!((cpu.debug_trap, cpu.look, cpu.rip), (DR6_BS, true, 0x9000));
+}

@@ -20,7 +20,7 @@ use super::mode::access;
 use crate::cpu::{Cpu, Table, cr0, cr4, efer, fl, seg};
 use crate::fault::{Exception, vector};
 use crate::regs::at;
-use crate::run::Step;
+use crate::run::{DR6_BS, Step};
 use crate::vm::{Mailbox, Shared};
 
 /// Where things lie.
