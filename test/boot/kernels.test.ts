@@ -102,7 +102,10 @@ describe('an end', () => {
   })
 })
 
-/** Kernels whose end QEMU's TCG, the processor of L1, does not reach by itself either, or only with a score of checks wrong. */
+/**
+ * Not for L1: kernels whose end its processor, QEMU's TCG, does not reach by itself either, or only with a score of checks wrong; and
+ * storms, which has not been tried there.
+ */
 const beyondL1 = new Set(['code-changes', 'debugging', 'precise-faults', 'storms'])
 
 /**
