@@ -94,7 +94,9 @@ await main(async () => {
   const summary = []
   for (const cpus of chosen.cpus) {
     // The guest does about the same work under both; QEMU does not say how much, so Skep's count stands in for it.
-    const counted = samples.filter((one) => one.cpus === cpus && one.report?.engine === 'interpreter').map((one) => instructions(one.report))
+    const counted = samples
+      .filter((one) => one.cpus === cpus && one.report?.engine === 'interpreter')
+      .map((one) => instructions(one.report))
     const work = counted.length > 0 ? median(counted) : undefined
     for (const { name } of all) {
       const mine = samples.filter((one) => one.name === name && one.cpus === cpus)
