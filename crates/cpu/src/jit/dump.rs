@@ -16,7 +16,14 @@ pub(super) fn block(linear: u64, host: u64, insns: &[Decoded], code: &[u8]) {
     let Some(file) = FILE.as_ref() else { return };
     let mut text = format!("block {linear:#x} at {host:#x}: {} instructions\n", insns.len());
     for d in insns {
-        text += &format!("  +{:#x} {:?} {:?}\n", d.at, d.insn.code(), d.info.class);
+        let base = d.insn.memory_base();
+        text += &format!(
+            "  +{:#x} code+{:#x} {:?} {:?} {base:?}\n",
+            d.at,
+            d.code_at,
+            d.info.class,
+            d.insn.code()
+        );
     }
     text += "  code ";
     code.iter().for_each(|byte| text += &format!("{byte:02x}"));

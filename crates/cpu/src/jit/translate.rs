@@ -36,6 +36,8 @@ pub(super) struct Decoded {
     /// Status flags that may be read before they are written again: in front of it, and behind.
     pub(super) live_in: u16,
     pub(super) live_out: u16,
+    /// Where its code begins in the block's.
+    pub(super) code_at: usize,
 }
 
 impl Decoded {
@@ -96,7 +98,7 @@ pub(super) fn decode(source: &Source<'_>, at: u16, table: &mut Table) -> Vec<Dec
         if needs_handler(&insn, &info, key) {
             info.class = Class::Handler;
         }
-        all.push(Decoded { insn, at, info, live_in: 0, live_out: 0 });
+        all.push(Decoded { insn, at, info, live_in: 0, live_out: 0, code_at: 0 });
         let Some(last) = all.last() else { break };
         if last.transfers() {
             let end = last.end();
@@ -217,8 +219,9 @@ pub(super) fn translate(
         t.entry.from_host = t.asm.here();
     }
     let poll_at = poll_position(insns);
-    for (i, d) in insns.iter().enumerate() {
+    for (i, d) in insns.iter_mut().enumerate() {
         t.land_done();
+        d.code_at = t.asm.code.len();
         if poll_at == Some(i) {
             t.poll(d);
         }
