@@ -4,6 +4,7 @@ use std::mem::offset_of;
 
 use super::asm::{Asm, EQUAL, Mem, NOT_EQUAL, R8, R9, R10, R11, RAX, RBP, RBX, RCX, RDI, RDX, RSI, RSP};
 use super::help::Wanted;
+use super::strings::{self, Strings};
 use super::{Hot, JUMP_SHIFT, JUMPS, Jump};
 use crate::cpu::Cpu;
 use crate::mmu::TlbLayout;
@@ -89,6 +90,8 @@ pub(super) struct Glue {
     pub(super) handler: u64,
     /// Makes the vector registers the guest's.
     pub(super) load_vectors: u64,
+    /// Repeated moves and fills by the operation in R8.
+    pub(super) strings: Strings,
 }
 
 /// What a helper decided; with it comes a value.
@@ -197,6 +200,7 @@ pub(super) fn emit(asm: &mut Asm, access: AccessHelper, handler: HandlerHelper, 
     stack(asm, glue.access);
     glue.handler = asm.here();
     help(asm, handler as usize as u64, save_vectors, &glue, leave_saved, false);
+    glue.strings = strings::emit(asm, glue.handler);
     glue
 }
 

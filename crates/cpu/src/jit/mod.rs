@@ -2,7 +2,7 @@
 //! stay what they are but for their operands.
 //!
 //! * [`translate`] makes code of decoded instructions, by what [`table`] knows of them: their [`operands`], their [`flags`], the
-//!   [`flow`] of control, and the [`stubs`] out of its way; [`encode`] puts other operands into an instruction, [`asm`] writes
+//!   [`flow`] of control, repeated [`strings`], and the [`stubs`] out of its way; [`encode`] puts other operands into an instruction, [`asm`] writes
 //!   our own;
 //! * [`glue`] is the code between translated code and Rust, [`help`] the Rust that it calls;
 //! * [`memory`] is where the code lies;
@@ -26,6 +26,7 @@ mod help;
 mod lockstep;
 mod memory;
 mod operands;
+mod strings;
 mod stubs;
 mod table;
 mod translate;
@@ -617,7 +618,10 @@ impl Cpu {
         insns
             .iter()
             .map(|d| {
-                if !matches!(d.info.class, table::Class::Handler | table::Class::Divide) {
+                if !matches!(
+                    d.info.class,
+                    table::Class::Handler | table::Class::Divide | table::Class::Repeated
+                ) {
                     return None;
                 }
                 let op = Box::new(self.operation(&d.insn, &page[d.at as usize..], d.at as usize));

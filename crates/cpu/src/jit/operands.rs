@@ -8,6 +8,7 @@ use super::encode::{self, Parts};
 use super::flags::always_counts;
 use super::glue::{BASE, CURRENT_TLB, STACK_DELTA, STACK_PAGE, VECTORS, home, segment_base};
 use super::help::Wanted;
+use super::strings;
 use super::stubs::Stub;
 use super::table::{Class, Field, Info};
 use super::translate::{Decoded, Translator};
@@ -106,6 +107,7 @@ pub(super) fn needs_handler(insn: &Instruction, info: &Info, key: Key) -> bool {
         Class::Push | Class::JumpIndirect | Class::CallIndirect => odd || memory.is_some() && size != 8,
         Class::Pop => memory.is_some(),
         Class::Divide => odd,
+        Class::Repeated => !strings::is_repeated(insn),
         _ => false,
     }
 }

@@ -31,6 +31,8 @@ pub(super) enum Class {
     Return,
     JumpIndirect,
     CallIndirect,
+    /// Moves and fills by REP.
+    Repeated,
     /// Runs in the interpreter's handler.
     Handler,
 }
@@ -201,6 +203,11 @@ fn class(insn: &Instruction) -> Class {
             _ => Class::Handler,
         },
         M::Ret if matches!(insn.code(), Code::Retnq | Code::Retnq_imm16) => Class::Return,
+        M::Movsb | M::Movsw | M::Movsd | M::Movsq | M::Stosb | M::Stosw | M::Stosd | M::Stosq
+            if insn.is_string_instruction() =>
+        {
+            Class::Repeated
+        }
         _ if insn.code().is_jcc_short_or_near() && insn.op0_kind() == OpKind::NearBranch64 => Class::Branch,
         _ => Class::Handler,
     }

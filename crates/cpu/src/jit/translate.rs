@@ -284,6 +284,7 @@ impl Translator<'_> {
             }
             Class::JumpIndirect => self.indirect(d, false),
             Class::CallIndirect => self.indirect(d, true),
+            Class::Repeated => self.repeated(d, op),
             Class::Handler => self.handler(op),
         }
     }
