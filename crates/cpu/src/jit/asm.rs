@@ -20,6 +20,21 @@ pub(super) const EQUAL: u8 = 4;
 pub(super) const NOT_EQUAL: u8 = 5;
 pub(super) const ABOVE: u8 = 7;
 
+/// Bytes that processors keep decoded together.
+const LINE: usize = 32;
+/// Instructions of 1, 2, 3 and so on bytes that do nothing.
+const NOPS: [&[u8]; 9] = [
+    &[0x90],
+    &[0x66, 0x90],
+    &[0x0f, 0x1f, 0x00],
+    &[0x0f, 0x1f, 0x40, 0x00],
+    &[0x0f, 0x1f, 0x44, 0x00, 0x00],
+    &[0x66, 0x0f, 0x1f, 0x44, 0x00, 0x00],
+    &[0x0f, 0x1f, 0x80, 0x00, 0x00, 0x00, 0x00],
+    &[0x0f, 0x1f, 0x84, 0x00, 0x00, 0x00, 0x00, 0x00],
+    &[0x66, 0x0f, 0x1f, 0x84, 0x00, 0x00, 0x00, 0x00, 0x00],
+];
+
 /// A memory operand.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Mem {
@@ -37,6 +52,10 @@ pub(super) struct Asm {
     pub(super) code: Vec<u8>,
     /// Where its first byte will be executed.
     pub(super) origin: u64,
+    /// Offsets of the last instruction, which a conditional jump may be fused with: its first byte, and what follows it.
+    last: (usize, usize),
+    /// Jumps are kept off the ends of lines.
+    aligns: bool,
 }
 
 /// A forward jump that awaits its target: where its 32-bit displacement ends.
@@ -45,7 +64,12 @@ pub(super) struct Forward(pub(super) usize);
 
 impl Asm {
     pub(super) fn new(origin: u64) -> Self {
-        Self { code: Vec::with_capacity(1024), origin }
+        Self { code: Vec::with_capacity(1024), origin, last: (0, 0), aligns: true }
+    }
+
+    /// Code that seldom runs.
+    pub(super) fn aside(origin: u64) -> Self {
+        Self { aligns: false, ..Self::new(origin) }
     }
 
     pub(super) fn here(&self) -> u64 {
@@ -71,6 +95,7 @@ impl Asm {
             Mem::At(base, _) => (Some(base), None),
             Mem::Sum(base, index, _) => (base, index),
         };
+        let start = self.code.len();
         if matches!(mem, Mem::Cpu(_)) {
             self.byte(0x65);
         }
@@ -82,6 +107,7 @@ impl Asm {
         }
         self.bytes(opcode);
         self.operand(reg, mem);
+        self.one_since(start);
     }
 
     /// ModRM, SIB and displacement.
@@ -125,12 +151,14 @@ impl Asm {
 
     /// An instruction on two registers.
     pub(super) fn regs(&mut self, wide: bool, opcode: &[u8], reg: u8, rm: u8) {
+        let start = self.code.len();
         let rex = u8::from(wide) << 3 | reg >> 3 << 2 | rm >> 3;
         if rex != 0 {
             self.byte(0x40 | rex);
         }
         self.bytes(opcode);
         self.byte(0xc0 | (reg & 7) << 3 | rm & 7);
+        self.one_since(start);
     }
 
     pub(super) fn load(&mut self, reg: u8, mem: Mem) {
@@ -232,39 +260,79 @@ impl Asm {
         self.byte(0x58 | reg & 7);
     }
 
+    pub(super) fn ret(&mut self) {
+        self.keep_off_line_ends(1, false);
+        self.byte(0xc3);
+    }
+
     fn relative(&mut self, target: u64) {
         let next = self.here() + 4;
         self.imm32(target.wrapping_sub(next) as u32);
     }
 
     pub(super) fn jmp(&mut self, target: u64) {
+        self.keep_off_line_ends(5, false);
         self.byte(0xe9);
         self.relative(target);
     }
 
     pub(super) fn call(&mut self, target: u64) {
+        self.keep_off_line_ends(5, false);
         self.byte(0xe8);
         self.relative(target);
     }
 
+    /// What comes next may be jumped to.
+    pub(super) fn label(&mut self) -> usize {
+        self.last = (0, 0);
+        self.code.len()
+    }
+
+    /// What was written since `start` is one instruction.
+    pub(super) fn one_since(&mut self, start: usize) {
+        self.last = (start, self.code.len());
+    }
+
+    /// Keeps a jump of `len` bytes off the ends of lines, with the comparison in front of it if it is conditional: processors
+    /// with the erratum SKX102 decode such lines anew each time.
+    fn keep_off_line_ends(&mut self, len: usize, conditional: bool) {
+        let here = self.code.len();
+        let at = if conditional && self.last.1 == here { self.last.0 } else { here };
+        let start = (self.origin as usize + at) % LINE;
+        let all = here - at + len;
+        if !self.aligns || start + all < LINE || all >= LINE {
+            return;
+        }
+        let mut left = LINE - start;
+        while left > 0 {
+            let nop = NOPS[left.min(NOPS.len()) - 1];
+            self.code.splice(at..at, nop.iter().copied());
+            left -= nop.len();
+        }
+    }
+
     pub(super) fn jcc(&mut self, condition: u8, target: u64) {
+        self.keep_off_line_ends(6, true);
         self.bytes(&[0x0f, 0x80 | condition]);
         self.relative(target);
     }
 
     pub(super) fn jmp_forward(&mut self) -> Forward {
+        self.keep_off_line_ends(5, false);
         self.byte(0xe9);
         self.imm32(0);
         Forward(self.code.len())
     }
 
     pub(super) fn call_forward(&mut self) -> Forward {
+        self.keep_off_line_ends(5, false);
         self.byte(0xe8);
         self.imm32(0);
         Forward(self.code.len())
     }
 
     pub(super) fn jcc_forward(&mut self, condition: u8) -> Forward {
+        self.keep_off_line_ends(6, true);
         self.bytes(&[0x0f, 0x80 | condition]);
         self.imm32(0);
         Forward(self.code.len())

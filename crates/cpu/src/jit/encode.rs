@@ -155,9 +155,6 @@ impl Parts<'_> {
         }
         let in_home = matches!(mem, Mem::Cpu(_));
         let memory = self.memory() || in_home;
-        if in_home {
-            asm.byte(0x65);
-        }
         if memory {
             // A base without REX, if there must be none: RSI, which no high byte lies in.
             if high {
@@ -172,6 +169,10 @@ impl Parts<'_> {
                 rex = rex & !3 | index >> 3 << 1 | base >> 3;
                 vex[1] = vex[1] & !0x60 | (index >> 3 ^ 1) << 6 | (base >> 3 ^ 1) << 5;
             }
+        }
+        let start = asm.code.len();
+        if in_home {
+            asm.byte(0x65);
         }
         asm.bytes(&self.prefixes[..self.prefix_count]);
         if self.vex.is_empty() {
@@ -189,6 +190,7 @@ impl Parts<'_> {
             asm.byte(modrm);
         }
         asm.bytes(self.tail);
+        asm.one_since(start);
         if memory && high {
             asm.mov(RSI, R9);
         }

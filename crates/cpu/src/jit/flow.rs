@@ -148,7 +148,7 @@ impl Translator<'_> {
         self.asm.load(R8, top.mem());
         self.asm.lea(R11, Mem::At(R11, 8 + i32::from(more)));
         self.note_origin(d, 8 + i32::from(more));
-        self.asm.byte(0xc3);
+        self.asm.ret();
     }
 
     pub(super) fn indirect(&mut self, d: &Decoded, call: bool) -> Option<()> {

@@ -282,7 +282,9 @@ impl Translator<'_> {
         let moved =
             (0..insn.op_count()).any(|i| operand_number(insn, i).is_some_and(|n| is_homed(n) || n == RSP));
         if memory.is_none() && !moved {
+            let start = self.asm.code.len();
             self.asm.bytes(bytes);
+            self.asm.one_since(start);
         } else {
             self.rewritten(d, parts, memory.is_some(), high, place)?;
         }

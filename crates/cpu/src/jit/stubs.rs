@@ -46,7 +46,7 @@ impl Translator<'_> {
         let glue = self.request.glue;
         let stubs = std::mem::take(&mut self.stubs);
         let len = stubs.iter().map(Stub::most).sum::<usize>();
-        let mut aside = Asm::new(at(len));
+        let mut aside = Asm::aside(at(len));
         let (a, code) = (&mut aside, &mut self.asm);
         let end_of_block = code.origin + code.code.len() as u64;
         for stub in stubs {

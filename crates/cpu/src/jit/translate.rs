@@ -212,10 +212,12 @@ pub(super) fn translate(
     if live != 0 && loses_flags_first(insns) {
         // Who comes with them in memory need not load them only to see them saved again.
         t.asm.save_flags(STATUS, R9);
+        t.asm.label();
         t.entry.from_memory = t.asm.here();
         (t.in_host, t.in_memory) = (false, true);
     } else if live != 0 {
         t.asm.load_flags(STATUS, R9);
+        t.asm.label();
         t.entry.from_host = t.asm.here();
     }
     let poll_at = poll_position(insns);
@@ -244,7 +246,10 @@ pub(super) fn translate(
 impl Translator<'_> {
     /// The next instruction begins here: for accesses that were completed elsewhere.
     pub(super) fn land_done(&mut self) {
-        let here = self.asm.code.len();
+        if self.open.is_empty() {
+            return;
+        }
+        let here = self.asm.label();
         for at in std::mem::take(&mut self.open) {
             if let Stub::Access { done, .. } = &mut self.stubs[at] {
                 *done = Some(here);
