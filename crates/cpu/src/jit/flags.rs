@@ -120,12 +120,14 @@ impl Translator<'_> {
         self.in_host = false;
     }
 
-    /// Status flags are about to be read, or partly changed.
-    pub(super) fn want_flags(&mut self, scratch: u8) {
-        if !self.in_host && self.in_memory {
+    /// Status flags are about to be read, or partly changed. Whether they had to be loaded, for which `scratch` was used.
+    pub(super) fn want_flags(&mut self, scratch: u8) -> bool {
+        let load = !self.in_host && self.in_memory;
+        if load {
             self.asm.load_flags(STATUS, scratch);
             self.in_host = true;
         }
+        load
     }
 
     /// Status flags must be in memory.

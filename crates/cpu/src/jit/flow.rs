@@ -3,10 +3,11 @@
 use iced_x86::OpKind;
 
 use super::PAGE;
+use super::access::Place;
 use super::asm::{ABOVE, Asm, Forward, Mem, NOT_EQUAL, R8, R9, R10, R11, RCX, RSP};
 use super::glue::{ATTENTION, BASE, BOTTOM, LIMIT, ORIGIN, TEMP, home};
 use super::help::Wanted;
-use super::operands::{Place, host, is_homed, number};
+use super::operands::{host, is_homed, number};
 use super::stubs::Stub;
 use super::translate::{Decoded, Link, Pushed, Translator};
 
@@ -18,6 +19,7 @@ pub(super) fn condition(code: u8) -> u8 {
 
 impl Translator<'_> {
     pub(super) fn poll(&mut self, d: &Decoded) {
+        self.window = None;
         let save_flags = d.live_in != 0 && self.in_host && !self.in_memory;
         self.asm.load(R9, ATTENTION);
         let from = if d.live_in == 0 || !self.in_host {
@@ -143,8 +145,8 @@ impl Translator<'_> {
     pub(super) fn ret(&mut self, d: &Decoded) {
         self.lose_flags(d.live_in, R9);
         let more = if d.insn.op_count() == 1 { d.insn.immediate16() } else { 0 };
-        let top = Place::Based(R11, 0);
-        self.check(top, Wanted::new(d.at, d.insn.len() as u8, 8, false).on_stack(true));
+        let top = Place::Stack(0);
+        self.check(top, Wanted::new(d.at, d.insn.len() as u8, 8, false).on_stack(true), false);
         self.asm.load(R8, top.mem());
         self.asm.lea(R11, Mem::At(R11, 8 + i32::from(more)));
         self.note_origin(d, 8 + i32::from(more));
@@ -157,7 +159,7 @@ impl Translator<'_> {
         if insn.op0_kind() == OpKind::Memory {
             let place = self.place(insn)?;
             let wanted = self.wanted(d, 8, false);
-            self.check(place, wanted);
+            self.check(place, wanted, false);
             self.asm.load(R8, place.mem());
         } else {
             let n = number(insn.op0_register())?;

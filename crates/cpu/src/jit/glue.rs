@@ -62,6 +62,7 @@ pub(super) const VECTORS: Mem = hot(offset_of!(Hot, vectors));
 pub(super) const BOTTOM: Mem = hot(offset_of!(Hot, bottom));
 pub(super) const LIMIT: Mem = hot(offset_of!(Hot, limit));
 const WANTED: Mem = hot(offset_of!(Hot, wanted));
+const LINEAR: Mem = hot(offset_of!(Hot, linear));
 const LINK: Mem = hot(offset_of!(Hot, link));
 pub(super) const STAMP: Mem = hot(offset_of!(Hot, stamp));
 const ENTRY_STACK: Mem = hot(offset_of!(Hot, entry_stack));
@@ -81,9 +82,11 @@ pub(super) struct Glue {
     pub(super) leave: u64,
     /// As `leave`, for the link whose number is in R9.
     pub(super) leave_to_link: u64,
-    /// Helps with a memory access: address in R8, what it is in R9 ([`super::help::Wanted`]). Comes back with the host's
-    /// address in R8; or, five bytes further, with the instruction done.
+    /// Helps with a memory access: address in R8, what it is in R9 ([`super::help::Wanted`]). Comes back with the address in
+    /// R10, what is to be added to it in R8, and no page's address in R9; or, five bytes further, with the instruction done.
     pub(super) access: u64,
+    /// As `access`, after a look at the translations.
+    pub(super) look_up: u64,
     /// As `access`, for one to the stack, whose page is remembered.
     pub(super) stack: u64,
     /// Runs the handler of the operation in R8; what it is in R9. Comes back if the next instruction is next.
@@ -196,8 +199,10 @@ pub(super) fn emit(asm: &mut Asm, access: AccessHelper, handler: HandlerHelper, 
 
     glue.access = asm.here();
     help(asm, access as usize as u64, save_vectors, &glue, leave_saved, true);
+    glue.look_up = asm.here();
+    look_up(asm, glue.access, false);
     glue.stack = asm.here();
-    stack(asm, glue.access);
+    look_up(asm, glue.access, true);
     glue.handler = asm.here();
     help(asm, handler as usize as u64, save_vectors, &glue, leave_saved, false);
     glue.strings = strings::emit(asm, glue.handler);
@@ -206,6 +211,9 @@ pub(super) fn emit(asm: &mut Asm, access: AccessHelper, handler: HandlerHelper, 
 
 /// Calls a helper with the processor, R8 and R9, everything of the guest's in its place in memory.
 fn help(asm: &mut Asm, helper: u64, save_vectors: u64, glue: &Glue, leave_saved: u64, done_skips: bool) {
+    if done_skips {
+        asm.store(LINEAR, R8);
+    }
     save_registers(asm);
     asm.cmp_byte(VECTORS, 0);
     let none = asm.jcc_forward(EQUAL);
@@ -230,10 +238,14 @@ fn help(asm: &mut Asm, helper: u64, save_vectors: u64, glue: &Glue, leave_saved:
     if done_skips {
         asm.bytes(&[0x45, 0x85, 0xc9]); // test r9d, r9d
         let done = asm.jcc_forward(NOT_EQUAL);
+        asm.load(R10, LINEAR);
+        asm.regs(true, &[0x29], R10, R8); // sub r8, r10
+        no_page(asm);
         asm.byte(0xc3);
         asm.land(done);
         asm.bytes(&[0x48, 0x83, 0x04, 0x24, 5]); // add qword ptr [rsp], 5
         asm.load_flags(STATUS, R9);
+        no_page(asm);
     }
     asm.byte(0xc3);
     asm.land(dispatch);
@@ -241,8 +253,8 @@ fn help(asm: &mut Asm, helper: u64, save_vectors: u64, glue: &Glue, leave_saved:
     asm.jmp(glue.unforeseen);
 }
 
-/// Looks the stack's page up among the translations and remembers it, if it may be written and holds all of the access.
-fn stack(asm: &mut Asm, access: u64) {
+/// Looks a page up among the translations. That of the stack is remembered, if it may be written; the access must lie in it.
+fn look_up(asm: &mut Asm, access: u64, stack: bool) {
     asm.mem(&[], false, &[0x89], R9, WANTED);
     asm.regs(false, &[0x89], R8, R10);
     asm.shr32(R10, 12 - TlbLayout::SHIFT);
@@ -252,29 +264,54 @@ fn stack(asm: &mut Asm, access: u64) {
     asm.bytes(&[0x41, 0xc1, 0xe9, 16]); // shr r9d, 16
     asm.and_imm(false, R9, 0x7f);
     asm.bytes(&[0x41, 0xff, 0xc9]); // dec r9d
-    asm.mem(&[], false, &[0xf7], 0, WANTED);
-    asm.imm32(Wanted::ALIGNED);
+    test_wanted(asm, Wanted::ALIGNED);
     let any = asm.jcc_forward(EQUAL);
     asm.regs(true, &[0x85], R8, R9); // test r9, r8
     let misplaced = asm.jcc_forward(NOT_EQUAL);
     asm.land(any);
     asm.lea(R9, Mem::Sum(Some(R9), Some((R8, 0)), 0));
     asm.and_imm(true, R9, -4096);
-    // The entry is that of the first byte, the page that of the last: both must be the same.
-    asm.mem(&[], true, &[0x39], R9, Mem::At(R10, TlbLayout::READ));
-    let unknown = asm.jcc_forward(NOT_EQUAL);
-    asm.mem(&[], true, &[0x39], R9, Mem::At(R10, TlbLayout::WRITE));
-    let fixed = asm.jcc_forward(NOT_EQUAL);
-    asm.store(STACK_PAGE, R9);
-    asm.load(R10, Mem::At(R10, TlbLayout::DELTA));
-    asm.store(STACK_DELTA, R10);
-    asm.lea(R8, Mem::Sum(Some(R8), Some((R10, 0)), 0));
+    let mut fails = vec![misplaced];
+    let mut compare = |asm: &mut Asm, tag: i32| {
+        // The entry is that of the first byte, the page that of the last: both must be the same.
+        asm.mem(&[], true, &[0x39], R9, Mem::At(R10, tag));
+        fails.push(asm.jcc_forward(NOT_EQUAL));
+    };
+    if stack {
+        compare(asm, TlbLayout::READ);
+        compare(asm, TlbLayout::WRITE);
+        asm.store(STACK_PAGE, R9);
+        asm.load(R10, Mem::At(R10, TlbLayout::DELTA));
+        asm.store(STACK_DELTA, R10);
+        asm.mov(R8, R10);
+    } else {
+        test_wanted(asm, Wanted::WRITE);
+        let reads = asm.jcc_forward(EQUAL);
+        compare(asm, TlbLayout::WRITE);
+        let writes = asm.jmp_forward();
+        asm.land(reads);
+        compare(asm, TlbLayout::READ);
+        asm.land(writes);
+        asm.load(R10, Mem::At(R10, TlbLayout::DELTA));
+        asm.regs(true, &[0x87], R8, R10); // xchg
+    }
+    no_page(asm);
     asm.byte(0xc3);
-    for forward in [misplaced, unknown, fixed] {
+    for forward in fails {
         asm.land(forward);
     }
     asm.load32(R9, WANTED);
     asm.jmp(access);
+}
+
+/// R9 is no page's address.
+fn no_page(asm: &mut Asm) {
+    asm.bytes(&[0x49, 0xc7, 0xc1, 0xff, 0xff, 0xff, 0xff]); // mov r9, -1
+}
+
+fn test_wanted(asm: &mut Asm, bit: u32) {
+    asm.mem(&[], false, &[0xf7], 0, WANTED);
+    asm.imm32(bit);
 }
 
 fn save_registers(asm: &mut Asm) {

@@ -13,7 +13,7 @@ use crate::run::Step;
 pub(super) struct Wanted(pub(super) u32);
 
 impl Wanted {
-    const WRITE: u32 = 1 << 23;
+    pub(super) const WRITE: u32 = 1 << 23;
     const ON_STACK: u32 = 1 << 24;
     pub(super) const ALIGNED: u32 = 1 << 25;
 

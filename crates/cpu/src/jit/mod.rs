@@ -16,6 +16,7 @@
 //! `docs/software-cpu.md` describes the design, `docs/performance.md` what was measured.
 #![expect(unsafe_code, reason = "enters generated code")]
 
+mod access;
 mod asm;
 mod dump;
 mod encode;
@@ -123,6 +124,8 @@ pub(crate) struct Hot {
     temp: u64,
     /// What an access to the stack wants, while it is looked at.
     wanted: u64,
+    /// The address of an access that is helped with.
+    linear: u64,
     origin: u32,
     /// The link by which translated code was left.
     link: u32,
@@ -148,6 +151,7 @@ impl Hot {
             entry_stack: 0,
             temp: 0,
             wanted: 0,
+            linear: 0,
             origin: 0,
             link: NO_LINK,
             vectors: 0,

@@ -3,37 +3,17 @@
 use iced_x86::{Instruction, OpKind, Register};
 
 use super::Key;
-use super::asm::{Asm, EQUAL, Mem, NOT_EQUAL, R8, R9, R10, R11, RSP};
+use super::access::Place;
+use super::asm::{EQUAL, Mem, R8, R9, R10, R11, RSP};
 use super::encode::{self, Parts};
 use super::flags::always_counts;
-use super::glue::{BASE, CURRENT_TLB, STACK_DELTA, STACK_PAGE, VECTORS, home, segment_base};
+use super::glue::{BASE, VECTORS, home, segment_base};
 use super::help::Wanted;
 use super::strings;
 use super::stubs::Stub;
 use super::table::{Class, Field, Info};
 use super::translate::{Decoded, Translator};
 use crate::cpu::seg;
-use crate::mmu::TlbLayout;
-
-/// Where an access goes.
-#[derive(Debug, Clone, Copy)]
-pub(super) enum Place {
-    /// The linear address is in R8; once it is checked, the host's is.
-    Linear,
-    /// The linear address is the sum of a host register, which holds a guest's, and a displacement; once it is checked, what
-    /// must be added to it is in R8.
-    Based(u8, i32),
-}
-
-impl Place {
-    /// The operand, once checked.
-    pub(super) fn mem(self) -> Mem {
-        match self {
-            Self::Linear => Mem::At(R8, 0),
-            Self::Based(base, disp) => Mem::Sum(Some(R8), Some((base, 0)), disp),
-        }
-    }
-}
 
 /// Number of a general register.
 pub(super) fn number(register: Register) -> Option<u8> {
@@ -142,7 +122,7 @@ impl Translator<'_> {
         Some(())
     }
 
-    /// The memory operand with registers that hold it: those that stay in memory are loaded into R9 and R10.
+    /// The memory operand with registers that hold it: those that stay in memory are loaded into R10, and R9 if need be.
     pub(super) fn operand(&mut self, insn: &Instruction) -> Option<Mem> {
         let mut place = |register: Register, scratch: u8| match number(register) {
             Some(n) if is_homed(n) => {
@@ -152,8 +132,11 @@ impl Translator<'_> {
             Some(n) => Some(host(n)),
             None => None,
         };
-        let base = place(insn.memory_base(), R9);
-        let index = place(insn.memory_index(), R10);
+        let base = place(insn.memory_base(), R10);
+        let index = place(insn.memory_index(), if base == Some(R10) { R9 } else { R10 });
+        if index.is_some_and(|index| index == R9) {
+            self.window = None;
+        }
         let index = index.map(|i| (i, insn.memory_index_scale().trailing_zeros() as u8));
         let displacement = insn.memory_displacement64() as i64;
         let disp = match i32::try_from(displacement) {
@@ -163,72 +146,6 @@ impl Translator<'_> {
             Err(_) => return None,
         };
         Some(Mem::Sum(base, index, disp))
-    }
-
-    /// Where the memory operand lies: in the sum of a register and a displacement, if that is all, else in R8.
-    pub(super) fn place(&mut self, insn: &Instruction) -> Option<Place> {
-        let plain = insn.memory_index() == Register::None
-            && insn.memory_base().size() == 8
-            && insn.memory_base() != Register::RIP
-            && !matches!(insn.memory_segment(), Register::FS | Register::GS);
-        if plain
-            && let Some(n) = number(insn.memory_base()).filter(|&n| !is_homed(n))
-            && let Ok(disp) = i32::try_from(insn.memory_displacement64() as i64)
-            && disp < i32::MAX - 64
-        {
-            return Some(Place::Based(host(n), disp));
-        }
-        self.address(insn)?;
-        Some(Place::Linear)
-    }
-
-    /// Finds the host's page for an access. R8, R9 and R10 are lost; see [`Place`] for how the operand is addressed then.
-    pub(super) fn check(&mut self, place: Place, wanted: Wanted) {
-        let a = &mut self.asm;
-        let size = wanted.size() as i32;
-        let (base, disp) = match place {
-            Place::Linear => (R8, 0),
-            Place::Based(base, disp) => (base, disp),
-        };
-        let stack = base == R11 && wanted.size().is_power_of_two();
-        let sum = |a: &mut Asm, wide: bool, to: u8, more: i32| {
-            if disp + more == 0 {
-                a.regs(wide, &[0x89], base, to);
-            } else {
-                a.mem(&[], wide, &[0x8d], to, Mem::At(base, disp + more));
-            }
-        };
-        if stack {
-            // It is nearly always in the page it was in before, and aligned.
-            sum(a, true, R9, 0);
-            a.and_imm(true, R9, -4096 | (size - 1));
-            a.mem(&[], true, &[0x3b], R9, STACK_PAGE);
-            let from = a.jcc_forward(NOT_EQUAL);
-            a.load(R8, STACK_DELTA);
-            let resume = a.code.len();
-            self.open.push(self.stubs.len());
-            self.stubs.push(Stub::Access { from, place, wanted, resume, done: None });
-            return;
-        }
-        sum(a, false, R10, 0);
-        a.shr32(R10, 12 - TlbLayout::SHIFT);
-        a.and_imm(false, R10, TlbLayout::MASK);
-        a.mem(&[], true, &[0x03], R10, CURRENT_TLB);
-        if wanted.is_aligned() {
-            sum(a, true, R9, 0);
-            a.and_imm(true, R9, -4096 | (size - 1));
-        } else {
-            sum(a, true, R9, size - 1);
-            a.and_imm(true, R9, -4096);
-        }
-        let tag = if wanted.is_write() { TlbLayout::WRITE } else { TlbLayout::READ };
-        a.mem(&[], true, &[0x39], R9, Mem::At(R10, tag));
-        let from = a.jcc_forward(NOT_EQUAL);
-        let opcode = if matches!(place, Place::Linear) { 0x03 } else { 0x8b };
-        a.mem(&[], true, &[opcode], R8, Mem::At(R10, TlbLayout::DELTA));
-        let resume = a.code.len();
-        self.open.push(self.stubs.len());
-        self.stubs.push(Stub::Access { from, place, wanted, resume, done: None });
     }
 
     pub(super) fn wanted(&self, d: &Decoded, size: usize, write: bool) -> Wanted {
@@ -243,7 +160,7 @@ impl Translator<'_> {
             return;
         }
         self.vectors = true;
-        self.lose_flags(live, R9);
+        self.lose_flags(live, R10);
         self.asm.cmp_byte(VECTORS, 0);
         let from = self.asm.jcc_forward(EQUAL);
         let resume = self.asm.code.len();
@@ -259,24 +176,22 @@ impl Translator<'_> {
         if info.vector {
             self.want_vectors(d.live_in);
         }
-        let mut place = Place::Linear;
+        let mut place = Place::None;
         if let Some(operand) = memory {
             let write = info.written >> operand & 1 != 0;
             let aligned = info.aligned || insn.mnemonic() == iced_x86::Mnemonic::Cmpxchg16b;
-            self.lose_flags(d.live_in, R9);
-            place = if has_high_byte(insn) {
-                self.address(insn)?;
-                Place::Linear
-            } else {
-                self.place(insn)?
-            };
+            self.lose_flags(d.live_in, R10);
+            place = self.place(insn)?;
             let wanted = self.wanted(d, size, write).aligned(aligned && size.is_power_of_two());
-            self.check(place, wanted);
+            self.check(place, wanted, d.writes_later);
         }
         // The flags that it reads, and those that it leaves alone.
         let changed = if always_counts(insn, info) { info.flags_changed } else { 0 };
         if info.flags_read != 0 || d.live_out & !changed != 0 && info.flags_changed != 0 {
-            self.want_flags(R9);
+            let scratch = place.scratch().last().copied().unwrap_or(R9);
+            if self.want_flags(scratch) && scratch != R10 {
+                self.window = None;
+            }
         }
         let high = has_high_byte(insn);
         let moved =
@@ -291,6 +206,7 @@ impl Translator<'_> {
         if info.flags_changed != 0 {
             (self.in_host, self.in_memory) = (true, false);
         }
+        self.notice_written(insn, info.written);
         Some(())
     }
 
@@ -337,7 +253,7 @@ impl Translator<'_> {
                 | iced_x86::Mnemonic::Movsxd
         ) && insn.op0_register().size() >= 4;
         // What is free, for the registers that must be loaded.
-        let mut free = if memory { vec![R10, R9] } else { vec![R10, R9, R8] };
+        let mut free = place.scratch().to_vec();
         let mut placed: [Option<(u8, u8)>; 4] = [None; 4];
         for i in 0..insn.op_count().min(4) as usize {
             let Some(n) = homed(i) else { continue };
@@ -345,6 +261,9 @@ impl Translator<'_> {
                 continue;
             }
             let scratch = free.pop()?;
+            if scratch != R10 {
+                self.window = None;
+            }
             placed[i] = Some((n, scratch));
             let read_elsewhere = (1..4).any(|k| k != i && homed(k) == Some(n));
             if !(i == 0 && written_only && !read_elsewhere) {
@@ -394,17 +313,18 @@ impl Translator<'_> {
         let insn = &d.insn;
         let n = number(insn.op0_register())?;
         let wide = insn.op0_register().size() == 8;
-        let to = if is_homed(n) { R8 } else { host(n) };
+        let to = if is_homed(n) { R10 } else { host(n) };
         if insn.memory_base() == Register::RIP {
-            self.asm.load(R8, BASE);
+            self.asm.load(R10, BASE);
             let disp = i32::try_from(insn.ip_rel_memory_address() as i64).ok()?;
-            self.asm.mem(&[], wide, &[0x8d], to, Mem::At(R8, disp));
+            self.asm.mem(&[], wide, &[0x8d], to, Mem::At(R10, disp));
         } else {
             self.sum(to, insn, wide)?;
         }
         if is_homed(n) {
             self.asm.store(home(n), to);
         }
+        self.notice_written(insn, 1);
         Some(())
     }
 }

@@ -1,15 +1,15 @@
 //! What stands out of a block's way: help, links, ways out.
 
-use super::asm::{Asm, Forward, Mem, R8, R9, R11};
+use super::access::Place;
+use super::asm::{Asm, Forward, Mem, R8, R9, R10, R11};
 use super::glue::{BASE, STATUS};
 use super::help::Wanted;
-use super::operands::Place;
 use super::translate::{Link, Translator};
 
 /// What stands behind the block, out of the way.
 pub(super) enum Stub {
     /// Help with an access.
-    Access { from: Forward, place: Place, wanted: Wanted, resume: usize, done: Option<usize> },
+    Access { from: Forward, place: Place, wanted: Wanted, find: Find, resume: usize, done: Option<usize> },
     /// Run the handler instead.
     Handler { from: Vec<Forward>, op: u64, resume: usize },
     /// Leave, to be taken to the target of a link.
@@ -22,12 +22,22 @@ pub(super) enum Stub {
     Vectors { from: Forward, resume: usize },
 }
 
+/// Who helps with an access.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Find {
+    /// Rust: there is no translation.
+    Access,
+    /// There may be one.
+    LookUp,
+    /// There may be one, of the stack's page.
+    Stack,
+}
+
 impl Stub {
     /// Bytes of its code at most.
     pub(super) fn most(&self) -> usize {
         match self {
-            Self::Access { place: Place::Linear, .. } => 21,
-            Self::Access { .. } => 45,
+            Self::Access { place, .. } => 21 + place.most(),
             Self::Handler { .. } => 20,
             Self::Link { save_flags, .. } => 27 + if *save_flags { FLAGS_SAVED } else { 0 },
             Self::Far { save_flags, .. } => 38 + if *save_flags { FLAGS_SAVED } else { 0 },
@@ -39,6 +49,28 @@ impl Stub {
 
 /// Bytes of code that saves flags.
 pub(super) const FLAGS_SAVED: usize = 20;
+
+/// Calls for help, and goes on behind the check, or behind the instruction. The window is lost.
+fn help_with_access(a: &mut Asm, place: Place, wanted: Wanted, routine: u64, (resume, done): (u64, u64)) {
+    match place {
+        Place::Sum(address) => address.put(a, true, R8, 0),
+        Place::Stack(disp) => a.lea(R8, Mem::At(R11, disp)),
+        Place::None | Place::Linear => {}
+    }
+    a.mov_imm32(R9, wanted.0);
+    a.call(routine);
+    if let Place::Stack(_) = place {
+        // What completes the instruction comes back five bytes further.
+        let found = a.jmp_forward();
+        a.jmp(done);
+        a.land(found);
+        a.mov(R10, R8);
+        a.jmp(resume);
+    } else {
+        a.jmp(resume);
+        a.jmp(done);
+    }
+}
 
 impl Translator<'_> {
     /// Writes what stands out of the way, for where it will lie.
@@ -52,28 +84,16 @@ impl Translator<'_> {
         for stub in stubs {
             let here = a.here();
             match stub {
-                Stub::Access { from, place, wanted, resume, done } => {
+                Stub::Access { from, place, wanted, find, resume, done } => {
                     code.land_abroad(from, here);
-                    if let Place::Based(base, disp) = place {
-                        a.lea(R8, Mem::At(base, disp));
-                    }
-                    a.mov_imm32(R9, wanted.0);
-                    let stack = matches!(place, Place::Based(R11, _));
-                    a.call(if stack { glue.stack } else { glue.access });
-                    match place {
-                        Place::Linear => a.jmp(code.origin + resume as u64),
-                        Place::Based(base, disp) => {
-                            // What completes the instruction comes back five bytes further.
-                            let on = a.jmp_forward();
-                            a.jmp(done.map_or(end_of_block, |done| code.origin + done as u64));
-                            a.land(on);
-                            a.lea(R9, Mem::At(base, disp));
-                            a.regs(true, &[0x29], R9, R8); // sub r8, r9
-                            a.jmp(code.origin + resume as u64);
-                            continue;
-                        }
-                    }
-                    a.jmp(done.map_or(end_of_block, |done| code.origin + done as u64));
+                    let resume = code.origin + resume as u64;
+                    let done = done.map_or(end_of_block, |done| code.origin + done as u64);
+                    let routine = match find {
+                        Find::Access => glue.access,
+                        Find::LookUp => glue.look_up,
+                        Find::Stack => glue.stack,
+                    };
+                    help_with_access(a, place, wanted, routine, (resume, done));
                 }
                 Stub::Handler { from, op, resume } => {
                     for forward in from {

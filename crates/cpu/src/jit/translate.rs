@@ -7,12 +7,13 @@
 use iced_x86::{Decoder, DecoderOptions, Instruction, OpKind};
 use skep_hv::cpuid::CpuidTable;
 
+use super::access::{Address, Place, Window, foresee_writes};
 use super::asm::{Asm, BELOW, Mem, NOT_EQUAL, R8, R9, R10, R11, RAX, RBP, RDX, RSP};
 use super::flags::{liveness, loses_flags_first, poll_position};
 use super::flow::condition;
 use super::glue::{BASE, Glue, RIP, STATUS, TEMP, home};
 use super::help::Wanted;
-use super::operands::{Place, host, is_homed, needs_handler, number, operand_number};
+use super::operands::{host, is_homed, memory_operand, needs_handler, number, operand_number};
 use super::stubs::Stub;
 use super::table::{Class, Info, STATUS_FLAGS, Table};
 use super::{Key, PAGE};
@@ -38,6 +39,10 @@ pub(super) struct Decoded {
     pub(super) live_out: u16,
     /// Where its code begins in the block's.
     pub(super) code_at: usize,
+    /// Its operand in memory.
+    pub(super) memory: Option<u32>,
+    /// What it reads is likely in a page that is written soon.
+    pub(super) writes_later: bool,
 }
 
 impl Decoded {
@@ -98,7 +103,9 @@ pub(super) fn decode(source: &Source<'_>, at: u16, table: &mut Table) -> Vec<Dec
         if needs_handler(&insn, &info, key) {
             info.class = Class::Handler;
         }
-        all.push(Decoded { insn, at, info, live_in: 0, live_out: 0, code_at: 0 });
+        let memory = memory_operand(&insn);
+        let (live_in, live_out, code_at) = (0, 0, 0);
+        all.push(Decoded { insn, at, info, live_in, live_out, code_at, memory, writes_later: false });
         let Some(last) = all.last() else { break };
         if last.transfers() {
             let end = last.end();
@@ -178,6 +185,8 @@ pub(super) struct Translator<'a> {
     pub(super) in_memory: bool,
     /// Vector registers are the guest's.
     pub(super) vectors: bool,
+    /// The page that R8 and R9 know.
+    pub(super) window: Option<Window>,
     /// What comes next is reached from what came last.
     pub(super) reachable: bool,
     /// Accesses whose way on behind the instruction is not known yet.
@@ -195,6 +204,7 @@ pub(super) fn translate(
 ) -> Option<Made> {
     let start = insns.first()?.at;
     liveness(insns, &request, table);
+    foresee_writes(insns);
     let live = insns[0].live_in;
     let mut t = Translator {
         asm: Asm::new(origin),
@@ -205,6 +215,7 @@ pub(super) fn translate(
         in_host: true,
         in_memory: false,
         vectors: false,
+        window: None,
         reachable: true,
         open: Vec::new(),
         request,
@@ -258,6 +269,14 @@ impl Translator<'_> {
     }
 
     pub(super) fn instruction(&mut self, d: &Decoded, op: Option<*const Op>) -> Option<()> {
+        let keeps = matches!(d.info.class, Class::Nothing | Class::Plain | Class::Lea | Class::Branch);
+        self.window = self.window.filter(|_| keeps);
+        let done = self.by_class(d, op);
+        self.window = self.window.filter(|_| keeps);
+        done
+    }
+
+    fn by_class(&mut self, d: &Decoded, op: Option<*const Op>) -> Option<()> {
         match d.info.class {
             Class::Nothing => Some(()),
             Class::Plain => self.plain(d),
@@ -274,7 +293,7 @@ impl Translator<'_> {
                 Some(())
             }
             Class::Branch => {
-                self.want_flags(R9);
+                self.want_flags(R10);
                 let cc = d.insn.condition_code() as u8;
                 self.edge(Some(condition(cc)), d.insn.near_branch_target() as i64, d.live_out);
                 Some(())
@@ -306,8 +325,8 @@ impl Translator<'_> {
     /// Writes `value` below the top of the stack and moves the stack pointer. R8 to R10 are lost.
     pub(super) fn push_register(&mut self, d: &Decoded, value: Pushed) {
         self.lose_flags(d.live_in, R9);
-        let top = Place::Based(R11, -8);
-        self.check(top, Wanted::new(d.at, d.insn.len() as u8, 8, true).on_stack(true));
+        let top = Place::Stack(-8);
+        self.check(top, Wanted::new(d.at, d.insn.len() as u8, 8, true).on_stack(true), false);
         let top = top.mem();
         match value {
             Pushed::Register(n) if is_homed(n) => {
@@ -343,7 +362,7 @@ impl Translator<'_> {
                 self.lose_flags(d.live_in, R9);
                 let place = self.place(insn)?;
                 let wanted = self.wanted(d, 8, false);
-                self.check(place, wanted);
+                self.check(place, wanted, false);
                 self.asm.load(R8, place.mem());
                 self.asm.store(TEMP, R8);
                 self.push_register(d, Pushed::Temp);
@@ -359,8 +378,8 @@ impl Translator<'_> {
     pub(super) fn pop(&mut self, d: &Decoded) -> Option<()> {
         let n = operand_number(&d.insn, 0)?;
         self.lose_flags(d.live_in, R9);
-        let top = Place::Based(R11, 0);
-        self.check(top, Wanted::new(d.at, d.insn.len() as u8, 8, false).on_stack(true));
+        let top = Place::Stack(0);
+        self.check(top, Wanted::new(d.at, d.insn.len() as u8, 8, false).on_stack(true), false);
         if is_homed(n) {
             self.asm.load(R9, top.mem());
             self.asm.store(home(n), R9);
@@ -375,8 +394,8 @@ impl Translator<'_> {
 
     pub(super) fn leave(&mut self, d: &Decoded) {
         self.lose_flags(d.live_in, R9);
-        let frame = Place::Based(RBP, 0);
-        self.check(frame, Wanted::new(d.at, d.insn.len() as u8, 8, false).on_stack(true));
+        let frame = Place::Sum(Address::frame());
+        self.check(frame, Wanted::new(d.at, d.insn.len() as u8, 8, false).on_stack(true), false);
         self.asm.lea(R11, Mem::At(RBP, 8));
         self.asm.load(RBP, frame.mem());
     }
@@ -391,7 +410,7 @@ impl Translator<'_> {
         if insn.op0_kind() == OpKind::Memory {
             let place = self.place(insn)?;
             let wanted = self.wanted(d, if wide { 8 } else { 4 }, false);
-            self.check(place, wanted);
+            self.check(place, wanted, false);
             self.asm.mem(&[], wide, &[0x8b], R9, place.mem());
         } else {
             let n = number(insn.op0_register())?;

@@ -1,0 +1,375 @@
+//! Accesses to memory: where they go, and how the host's page is found.
+//!
+//! What was found last is kept: R9 is the linear address of its page, R8 what is to be added to linear addresses in it. An
+//! access that is likely to lie in the same page ([`Window`]) looks there first. Nothing rests on that guess being right, as the
+//! address itself is compared; R9 is no page's address where R8 may be anything.
+
+use iced_x86::{Instruction, Mnemonic, Register};
+
+use super::asm::{ABOVE, Asm, Mem, NOT_EQUAL, R8, R9, R10, R11, RBP};
+use super::glue::{BASE, CURRENT_TLB, STACK_DELTA, STACK_PAGE, home, segment_base};
+use super::help::Wanted;
+use super::operands::{has_high_byte, has_small_address, host, is_homed, number, operand_number};
+use super::stubs::{Find, Stub};
+use super::table::Class;
+use super::translate::{Decoded, Translator};
+use crate::cpu::seg;
+use crate::mmu::TlbLayout;
+
+/// Where an access goes.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Place {
+    /// Nowhere.
+    None,
+    /// The linear address is in R8; once it is checked, the host's is.
+    Linear,
+    /// Once it is checked, what must be added to the address is in R8, and the address in R10 if it is not
+    /// [simple](Address::simple).
+    Sum(Address),
+    /// The sum of the guest's stack pointer and a displacement; once it is checked, what must be added to it is in R10.
+    Stack(i32),
+}
+
+impl Place {
+    /// The operand, once checked.
+    pub(super) fn mem(self) -> Mem {
+        match self {
+            Self::None | Self::Linear => Mem::At(R8, 0),
+            Self::Sum(address) => match address.simple() {
+                Some((base, disp)) => Mem::Sum(Some(R8), Some((base, 0)), disp),
+                None => Mem::Sum(Some(R8), Some((R10, 0)), 0),
+            },
+            Self::Stack(disp) => Mem::Sum(Some(R10), Some((R11, 0)), disp),
+        }
+    }
+
+    /// Bytes of code that computes it, and moves what was found, at most.
+    pub(super) fn most(self) -> usize {
+        match self {
+            Self::None | Self::Linear => 0,
+            Self::Sum(address) => address.most(),
+            Self::Stack(_) => 7 + 8,
+        }
+    }
+
+    /// Registers that are free once it is checked, the best one last: R8 and R9 hold the window.
+    pub(super) fn scratch(self) -> &'static [u8] {
+        match self {
+            Self::None => &[R8, R9, R10],
+            Self::Linear => &[R9, R10],
+            Self::Sum(address) if address.simple().is_some() => &[R9, R10],
+            Self::Sum(_) => &[R9],
+            Self::Stack(_) => &[R8, R9],
+        }
+    }
+}
+
+/// A 64-bit address: the sum of a displacement, host registers that hold the guest's, and fields of the processor.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Address {
+    base: Option<u8>,
+    /// With log2 of its scale.
+    index: Option<(u8, u8)>,
+    /// A field that stands for the index if there is a scale; else it is just added.
+    scaled: Option<(Mem, u8)>,
+    /// Another field.
+    added: Option<Mem>,
+    disp: i32,
+    /// The guest's base and index registers and segment.
+    names: [Register; 3],
+}
+
+impl Address {
+    fn of(insn: &Instruction) -> Option<Self> {
+        let names = [insn.memory_base(), insn.memory_index(), insn.memory_segment()];
+        let mut all = Self { base: None, index: None, scaled: None, added: None, disp: 0, names };
+        let mut fields = Vec::new();
+        match insn.memory_base() {
+            Register::RIP => {
+                all.disp = i32::try_from(insn.ip_rel_memory_address() as i64).ok()?;
+                fields.push(BASE);
+            }
+            base => {
+                all.disp = i32::try_from(insn.memory_displacement64() as i64).ok()?;
+                match number(base) {
+                    Some(n) if is_homed(n) => fields.push(home(n)),
+                    n => all.base = n.map(host),
+                }
+            }
+        }
+        let scale = insn.memory_index_scale().trailing_zeros() as u8;
+        match number(insn.memory_index()) {
+            Some(n) if is_homed(n) => all.scaled = Some((home(n), scale)),
+            n => all.index = n.map(|n| (host(n), scale)),
+        }
+        match insn.memory_segment() {
+            Register::FS => fields.push(segment_base(seg::FS)),
+            Register::GS => fields.push(segment_base(seg::GS)),
+            _ => {}
+        }
+        if all.scaled.is_none() {
+            all.scaled = fields.pop().map(|field| (field, 0));
+        }
+        all.added = fields.pop();
+        // Room for what is added to it.
+        let small = all.disp.checked_add(64).is_some();
+        (small && fields.is_empty()).then_some(all)
+    }
+
+    /// What RBP points to.
+    pub(super) fn frame() -> Self {
+        let names = [Register::RBP, Register::None, Register::None];
+        Self { base: Some(RBP), index: None, scaled: None, added: None, disp: 0, names }
+    }
+
+    /// A register and a displacement, if it is no more.
+    pub(super) fn simple(&self) -> Option<(u8, i32)> {
+        let alone = self.index.is_none() && self.scaled.is_none() && self.added.is_none();
+        self.base.filter(|_| alone).map(|base| (base, self.disp))
+    }
+
+    /// Bytes of code that computes it, at most.
+    fn most(&self) -> usize {
+        let pinned =
+            8 + if self.base.is_some() && self.index.is_some() && self.scaled.is_some() { 8 } else { 0 };
+        pinned + 9 * (usize::from(self.scaled.is_some()) + usize::from(self.added.is_some()))
+    }
+
+    /// Puts the address plus `more` into a register, all or its low half. Status flags may be lost.
+    pub(super) fn put(&self, a: &mut Asm, wide: bool, to: u8, more: i32) {
+        let disp = self.disp + more;
+        let lea = |a: &mut Asm, mem: Mem| a.mem(&[], wide, &[0x8d], to, mem);
+        match (self.scaled, self.base, self.index) {
+            (None, Some(base), None) if disp == 0 => a.regs(wide, &[0x89], base, to),
+            (None, base, index) => lea(a, Mem::Sum(base, index, disp)),
+            (Some((field, scale)), base, index) => {
+                a.mem(&[], wide, &[0x8b], to, field);
+                match (base, index) {
+                    (None, None) if scale == 0 && disp == 0 => {}
+                    (None, None) if scale == 0 => lea(a, Mem::At(to, disp)),
+                    (None, index) if scale == 0 => lea(a, Mem::Sum(Some(to), index, disp)),
+                    (base, None) => lea(a, Mem::Sum(base, Some((to, scale)), disp)),
+                    (Some(base), index) => {
+                        lea(a, Mem::Sum(Some(base), Some((to, scale)), disp));
+                        lea(a, Mem::Sum(Some(to), index, 0));
+                    }
+                    // A scaled field stands for the index: there is no other.
+                    (None, index) => lea(a, Mem::Sum(Some(to), index, disp)),
+                }
+            }
+        }
+        if let Some(field) = self.added {
+            a.mem(&[], wide, &[0x03], to, field);
+        }
+    }
+}
+
+/// A page that R8 and R9 know.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Window {
+    /// By what it was addressed.
+    names: [Register; 3],
+    disp: i32,
+    /// It may be written.
+    write: bool,
+}
+
+/// Bytes between accesses that are taken to lie in the same page.
+const NEAR: u32 = 2048;
+
+impl Window {
+    fn likely(&self, address: &Address, write: bool) -> bool {
+        self.names == address.names && self.disp.abs_diff(address.disp) < NEAR && (self.write || !write)
+    }
+}
+
+/// Instructions looked at behind a read for a write to the same place.
+const FORESIGHT: usize = 12;
+
+/// Notes which reads are followed by a write to what is likely the same page, so that it is looked up for writing at once.
+pub(super) fn foresee_writes(insns: &mut [Decoded]) {
+    let names = |insn: &Instruction| [insn.memory_base(), insn.memory_index(), insn.memory_segment()];
+    for i in 0..insns.len() {
+        let (d, rest) = (&insns[i], &insns[i + 1..]);
+        let reads = d.info.class == Class::Plain && d.memory.is_some();
+        if !reads || d.insn.memory_base() == Register::RSP {
+            continue;
+        }
+        let mut found = false;
+        for next in rest.iter().take(FORESIGHT) {
+            match next.info.class {
+                Class::Plain => {}
+                Class::Lea | Class::Nothing => continue,
+                _ => break,
+            }
+            if let Some(operand) = next.memory
+                && names(&next.insn) == names(&d.insn)
+                && next.info.written >> operand & 1 != 0
+            {
+                found = true;
+                break;
+            }
+            if replaces(&next.insn, next.info.written, names(&d.insn)) {
+                break;
+            }
+        }
+        insns[i].writes_later = found;
+    }
+}
+
+/// Whether an instruction puts something quite else into a register that an address is made of.
+fn replaces(insn: &Instruction, written: u8, names: [Register; 3]) -> bool {
+    use Mnemonic as M;
+    let steps = matches!(insn.mnemonic(), M::Add | M::Sub | M::Inc | M::Dec | M::Lea);
+    let of = |n: u8| names[..2].iter().any(|&name| number(name) == Some(n));
+    !steps && (0..insn.op_count()).any(|i| written >> i & 1 != 0 && operand_number(insn, i).is_some_and(of))
+}
+
+impl Translator<'_> {
+    /// Where the memory operand lies. For [`Place::Linear`] its address is in R8 then, R9 and R10 are lost.
+    pub(super) fn place(&mut self, insn: &Instruction) -> Option<Place> {
+        let homed = |i: u32| operand_number(insn, i).is_some_and(is_homed);
+        // Where many registers have to be loaded there is no room for the window.
+        let crowded = (0..insn.op_count()).filter(|&i| homed(i)).count() > 1;
+        if !has_small_address(insn)
+            && !has_high_byte(insn)
+            && !crowded
+            && let Some(address) = Address::of(insn)
+        {
+            return Some(match address.simple() {
+                Some((R11, disp)) => Place::Stack(disp),
+                _ => Place::Sum(address),
+            });
+        }
+        self.window = None;
+        self.address(insn)?;
+        Some(Place::Linear)
+    }
+
+    /// Finds the host's page for an access; see [`Place`] for how the operand is addressed then. Flags are lost. With
+    /// `writes_later` a page that can be written is preferred for a read.
+    pub(super) fn check(&mut self, place: Place, wanted: Wanted, writes_later: bool) {
+        match place {
+            Place::None => {}
+            Place::Linear => self.check_linear(wanted),
+            Place::Stack(disp) if wanted.size().is_power_of_two() => self.check_stack(place, disp, wanted),
+            Place::Stack(disp) => {
+                // The same in another way: R10 takes what is to be added.
+                let names = [Register::RSP, Register::None, Register::None];
+                let (base, disp) = (Some(R11), disp);
+                let address = Address { base, index: None, scaled: None, added: None, disp, names };
+                self.look_up(address, wanted, false);
+                self.asm.mov(R10, R8);
+            }
+            Place::Sum(address) if self.window.is_some_and(|w| w.likely(&address, wanted.is_write())) => {
+                self.check_window(address, wanted);
+            }
+            Place::Sum(address) => self.look_up(address, wanted, writes_later),
+        }
+    }
+
+    fn miss(&mut self, from: super::asm::Forward, place: Place, wanted: Wanted, find: Find) {
+        let resume = self.asm.label();
+        self.open.push(self.stubs.len());
+        self.stubs.push(Stub::Access { from, place, wanted, find, resume, done: None });
+    }
+
+    fn check_linear(&mut self, wanted: Wanted) {
+        self.window = None;
+        let a = &mut self.asm;
+        let size = wanted.size() as i32;
+        a.regs(false, &[0x89], R8, R10);
+        entry(a);
+        if wanted.is_aligned() {
+            a.mov(R9, R8);
+            a.and_imm(true, R9, -4096 | (size - 1));
+        } else {
+            a.lea(R9, Mem::At(R8, size - 1));
+            a.and_imm(true, R9, -4096);
+        }
+        a.mem(&[], true, &[0x39], R9, Mem::At(R10, tag(wanted.is_write())));
+        let from = a.jcc_forward(NOT_EQUAL);
+        a.load(R10, Mem::At(R10, TlbLayout::DELTA));
+        self.miss(from, Place::Linear, wanted, Find::Access);
+        self.asm.lea(R8, Mem::Sum(Some(R8), Some((R10, 0)), 0));
+    }
+
+    /// The stack is nearly always in the page it was in before, and aligned. R8 and R9 stay.
+    fn check_stack(&mut self, place: Place, disp: i32, wanted: Wanted) {
+        let a = &mut self.asm;
+        if disp == 0 {
+            a.mov(R10, R11);
+        } else {
+            a.lea(R10, Mem::At(R11, disp));
+        }
+        a.and_imm(true, R10, -4096 | (wanted.size() as i32 - 1));
+        a.mem(&[], true, &[0x3b], R10, STACK_PAGE);
+        let from = a.jcc_forward(NOT_EQUAL);
+        a.load(R10, STACK_DELTA);
+        self.miss(from, place, wanted, Find::Stack);
+    }
+
+    /// Looks the page up and remembers it.
+    fn look_up(&mut self, address: Address, wanted: Wanted, writes_later: bool) {
+        let a = &mut self.asm;
+        let size = wanted.size() as i32;
+        address.put(a, false, R10, 0);
+        entry(a);
+        if wanted.is_aligned() {
+            address.put(a, true, R9, 0);
+            a.and_imm(true, R9, -4096 | (size - 1));
+        } else {
+            address.put(a, true, R9, size - 1);
+            a.and_imm(true, R9, -4096);
+        }
+        let write = wanted.is_write() || writes_later;
+        a.mem(&[], true, &[0x39], R9, Mem::At(R10, tag(write)));
+        let from = a.jcc_forward(NOT_EQUAL);
+        a.load(R8, Mem::At(R10, TlbLayout::DELTA));
+        if address.simple().is_none() {
+            address.put(a, true, R10, 0);
+        }
+        let find = if write == wanted.is_write() { Find::Access } else { Find::LookUp };
+        self.miss(from, Place::Sum(address), wanted, find);
+        self.window = Some(Window { names: address.names, disp: address.disp, write });
+    }
+
+    /// Looks whether the address lies in the page that is known.
+    fn check_window(&mut self, address: Address, wanted: Wanted) {
+        let a = &mut self.asm;
+        let size = wanted.size() as i32;
+        address.put(a, true, R10, 0);
+        a.regs(true, &[0x31], R9, R10); // xor r10, r9: the offset, if it is the same page
+        let from = if wanted.is_aligned() {
+            a.bytes(&[0x49, 0xf7, 0xc2]); // test r10, imm
+            a.imm32((-4096 | (size - 1)) as u32);
+            a.jcc_forward(NOT_EQUAL)
+        } else {
+            a.bytes(&[0x49, 0x81, 0xfa]); // cmp r10, imm
+            a.imm32((4096 - size) as u32);
+            a.jcc_forward(ABOVE)
+        };
+        if address.simple().is_none() {
+            a.regs(true, &[0x31], R9, R10);
+        }
+        self.miss(from, Place::Sum(address), wanted, Find::LookUp);
+    }
+
+    /// An instruction was translated: whether the window still is a good guess.
+    pub(super) fn notice_written(&mut self, insn: &Instruction, written: u8) {
+        if self.window.is_some_and(|w| replaces(insn, written, w.names)) {
+            self.window = None;
+        }
+    }
+}
+
+/// From the low half of an address in R10 to the entry for it.
+fn entry(a: &mut Asm) {
+    a.shr32(R10, 12 - TlbLayout::SHIFT);
+    a.and_imm(false, R10, TlbLayout::MASK);
+    a.mem(&[], true, &[0x03], R10, CURRENT_TLB);
+}
+
+fn tag(write: bool) -> i32 {
+    if write { TlbLayout::WRITE } else { TlbLayout::READ }
+}
