@@ -4,12 +4,13 @@ use iced_x86::OpKind;
 
 use super::PAGE;
 use super::access::Place;
-use super::asm::{ABOVE, Asm, Forward, Mem, NOT_EQUAL, R8, R9, R10, R11, RCX, RSP};
+use super::asm::{ABOVE, Asm, Forward, Mem, NOT_EQUAL, R8, R9, R10, RCX, RSP};
 use super::glue::{ATTENTION, BASE, BOTTOM, LIMIT, ORIGIN, TEMP, home};
 use super::help::Wanted;
 use super::operands::{host, is_homed, number};
+use super::stack::Pushed;
 use super::stubs::Stub;
-use super::translate::{Decoded, Link, Pushed, Translator};
+use super::translate::{Decoded, Link, Translator};
 
 /// Encoding of iced's condition codes, which start with none.
 pub(super) fn condition(code: u8) -> u8 {
@@ -145,12 +146,9 @@ impl Translator<'_> {
     pub(super) fn ret(&mut self, d: &Decoded) {
         self.lose_flags(d.live_in, R9);
         let more = if d.insn.op_count() == 1 { d.insn.immediate16() } else { 0 };
-        let top = Place::Stack(0);
-        self.check(top, Wanted::new(d.at, d.insn.len() as u8, 8, false).on_stack(true), false);
-        self.asm.load(R8, top.mem());
-        self.asm.lea(R11, Mem::At(R11, 8 + i32::from(more)));
-        self.note_origin(d, 8 + i32::from(more));
-        self.asm.ret();
+        let wanted = Wanted::new(d.at, d.insn.len() as u8, 8, false).on_stack(true);
+        self.check(Place::Stack(0), wanted, false);
+        self.return_checked(d, i32::from(more));
     }
 
     pub(super) fn indirect(&mut self, d: &Decoded, call: bool) -> Option<()> {

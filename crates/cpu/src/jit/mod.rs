@@ -27,6 +27,7 @@ mod help;
 mod lockstep;
 mod memory;
 mod operands;
+mod stack;
 mod strings;
 mod stubs;
 mod table;

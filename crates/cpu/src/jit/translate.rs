@@ -7,13 +7,13 @@
 use iced_x86::{Decoder, DecoderOptions, Instruction, OpKind};
 use skep_hv::cpuid::CpuidTable;
 
-use super::access::{Address, Place, Window, foresee_writes};
-use super::asm::{Asm, BELOW, Mem, NOT_EQUAL, R8, R9, R10, R11, RAX, RBP, RDX, RSP};
+use super::access::{Window, foresee_writes};
+use super::asm::{Asm, BELOW, Mem, NOT_EQUAL, R8, R9, R10, RAX, RDX};
 use super::flags::{liveness, loses_flags_first, poll_position};
 use super::flow::condition;
-use super::glue::{BASE, Glue, RIP, STATUS, TEMP, home};
-use super::help::Wanted;
-use super::operands::{host, is_homed, memory_operand, needs_handler, number, operand_number};
+use super::glue::{Glue, RIP, STATUS, home};
+use super::operands::{host, is_homed, memory_operand, needs_handler, number};
+use super::stack::{Later, Run};
 use super::stubs::Stub;
 use super::table::{Class, Info, STATUS_FLAGS, Table};
 use super::{Key, PAGE};
@@ -191,6 +191,8 @@ pub(super) struct Translator<'a> {
     pub(super) reachable: bool,
     /// Accesses whose way on behind the instruction is not known yet.
     pub(super) open: Vec<usize>,
+    /// Runs of pushes and pops that are to be translated again, one by one.
+    pub(super) later: Vec<Later>,
 }
 
 /// Translates. `ops` holds the operations for those instructions that have handlers.
@@ -218,6 +220,7 @@ pub(super) fn translate(
         window: None,
         reachable: true,
         open: Vec::new(),
+        later: Vec::new(),
         request,
     };
     if live != 0 && loses_flags_first(insns) {
@@ -232,13 +235,22 @@ pub(super) fn translate(
         t.entry.from_host = t.asm.here();
     }
     let poll_at = poll_position(insns);
-    for (i, d) in insns.iter_mut().enumerate() {
+    let mut i = 0;
+    while let Some(d) = insns.get_mut(i) {
         t.land_done();
         d.code_at = t.asm.code.len();
         if poll_at == Some(i) {
             t.poll(d);
         }
-        t.instruction(d, ops[i])?;
+        let most = poll_at.filter(|&at| at > i).unwrap_or(insns.len());
+        if let Some(run) = Run::at(&insns[i..most]) {
+            t.run(&insns[i..i + run.len], &run)?;
+            t.later.last_mut()?.first = i;
+            i += run.len;
+        } else {
+            t.instruction(&insns[i], ops[i])?;
+            i += 1;
+        }
     }
     let last = insns.last()?;
     if last.goes_on() && t.reachable {
@@ -246,10 +258,9 @@ pub(super) fn translate(
         t.edge(None, i64::from(last.end()), last.live_out);
     } else if !t.open.is_empty() {
         // A transfer of control that was completed elsewhere.
-        t.land_done();
-        t.asm.load(R8, RIP);
-        t.asm.jmp(t.request.glue.dispatch);
+        t.go_on_at_rip();
     }
+    t.finish_runs(insns)?;
     let aside = t.finish_stubs(aside);
     Some(Made { code: t.asm.code, aside, entry: t.entry, links: t.links })
 }
@@ -276,7 +287,14 @@ impl Translator<'_> {
         done
     }
 
-    fn by_class(&mut self, d: &Decoded, op: Option<*const Op>) -> Option<()> {
+    /// An instruction that was completed elsewhere has moved RIP.
+    pub(super) fn go_on_at_rip(&mut self) {
+        self.land_done();
+        self.asm.load(R8, RIP);
+        self.asm.jmp(self.request.glue.dispatch);
+    }
+
+    pub(super) fn by_class(&mut self, d: &Decoded, op: Option<*const Op>) -> Option<()> {
         match d.info.class {
             Class::Nothing => Some(()),
             Class::Plain => self.plain(d),
@@ -322,84 +340,6 @@ impl Translator<'_> {
         Some(())
     }
 
-    /// Writes `value` below the top of the stack and moves the stack pointer. R8 to R10 are lost.
-    pub(super) fn push_register(&mut self, d: &Decoded, value: Pushed) {
-        self.lose_flags(d.live_in, R9);
-        let top = Place::Stack(-8);
-        self.check(top, Wanted::new(d.at, d.insn.len() as u8, 8, true).on_stack(true), false);
-        let top = top.mem();
-        match value {
-            Pushed::Register(n) if is_homed(n) => {
-                self.asm.load(R9, home(n));
-                self.asm.store(top, R9);
-            }
-            Pushed::Register(n) => self.asm.store(top, host(n)),
-            Pushed::Immediate(value) => {
-                self.asm.mem(&[], true, &[0xc7], 0, top);
-                self.asm.imm32(value as u32);
-            }
-            Pushed::Temp => {
-                self.asm.load(R9, TEMP);
-                self.asm.store(top, R9);
-            }
-            Pushed::Return(next) => {
-                self.asm.load(R9, BASE);
-                self.asm.lea(R9, Mem::At(R9, i32::from(next)));
-                self.asm.store(top, R9);
-            }
-        }
-        self.asm.lea(R11, Mem::At(R11, -8));
-    }
-
-    pub(super) fn push(&mut self, d: &Decoded) -> Option<()> {
-        let insn = &d.insn;
-        match insn.op0_kind() {
-            OpKind::Register => {
-                let n = number(insn.op0_register())?;
-                self.push_register(d, Pushed::Register(n));
-            }
-            OpKind::Memory => {
-                self.lose_flags(d.live_in, R9);
-                let place = self.place(insn)?;
-                let wanted = self.wanted(d, 8, false);
-                self.check(place, wanted, false);
-                self.asm.load(R8, place.mem());
-                self.asm.store(TEMP, R8);
-                self.push_register(d, Pushed::Temp);
-            }
-            _ => {
-                let value = i32::try_from(insn.immediate(0) as i64).ok()?;
-                self.push_register(d, Pushed::Immediate(value));
-            }
-        }
-        Some(())
-    }
-
-    pub(super) fn pop(&mut self, d: &Decoded) -> Option<()> {
-        let n = operand_number(&d.insn, 0)?;
-        self.lose_flags(d.live_in, R9);
-        let top = Place::Stack(0);
-        self.check(top, Wanted::new(d.at, d.insn.len() as u8, 8, false).on_stack(true), false);
-        if is_homed(n) {
-            self.asm.load(R9, top.mem());
-            self.asm.store(home(n), R9);
-        } else {
-            self.asm.load(host(n), top.mem());
-        }
-        if n != RSP {
-            self.asm.lea(R11, Mem::At(R11, 8));
-        }
-        Some(())
-    }
-
-    pub(super) fn leave(&mut self, d: &Decoded) {
-        self.lose_flags(d.live_in, R9);
-        let frame = Place::Sum(Address::frame());
-        self.check(frame, Wanted::new(d.at, d.insn.len() as u8, 8, false).on_stack(true), false);
-        self.asm.lea(R11, Mem::At(RBP, 8));
-        self.asm.load(RBP, frame.mem());
-    }
-
     /// Divisions whose quotient certainly fits run here, others in the handler. They leave the flags alone, as processors
     /// do.
     pub(super) fn divide(&mut self, d: &Decoded, op: Option<*const Op>) -> Option<()> {
@@ -440,13 +380,4 @@ impl Translator<'_> {
         self.stubs.push(Stub::Handler { from, op: op? as u64, resume });
         Some(())
     }
-}
-
-/// What a push writes.
-pub(super) enum Pushed {
-    Register(u8),
-    Immediate(i32),
-    Temp,
-    /// The address of what follows, at this offset of the page.
-    Return(u16),
 }
