@@ -82,6 +82,7 @@ fn make(codes: &[Code], random: &mut Random) -> Option<Case> {
     registers(random, &mut case.state);
     operands(random, &insn, &mut bytes, &mut case);
     special(random, &insn, &mut case);
+    stack(random, &insn, &mut case);
     case.code[..bytes.len()].copy_from_slice(&bytes);
     Some(case)
 }
@@ -290,6 +291,19 @@ fn special(random: &mut Random, insn: &Instruction, case: &mut Case) {
             mask(random, insn.op1_register(), case)
         }
         _ if insn.memory_index().is_vector_register() => mask(random, insn.op2_register(), case),
+        _ => {}
+    }
+}
+
+/// Stacks that are not where they should be. POPF must pop what it may.
+fn stack(random: &mut Random, insn: &Instruction, case: &mut Case) {
+    let flags = matches!(insn.mnemonic(), Mnemonic::Popf | Mnemonic::Popfd | Mnemonic::Popfq);
+    if insn.is_invalid() || !insn.is_stack_instruction() || flags {
+        return;
+    }
+    match random.below(32) {
+        0..=3 => case.state.gpr[4] = target(random, 8),
+        4 => case.state.gpr[4] = 1 << 63 | random.next() >> 2,
         _ => {}
     }
 }
