@@ -11,6 +11,7 @@ mod encodings;
 pub mod generate;
 pub mod hardware;
 pub mod random;
+mod runs;
 pub mod subject;
 mod values;
 
@@ -81,7 +82,7 @@ impl Oracle {
     fn with(subject: Subject) -> Result<Self, OracleError> {
         let mut hardware = Hardware::new()?;
         // The first case meets the child in a state of its own making.
-        hardware.post(&[nop()]);
+        hardware.post(&[nop_at(case::CODE)]);
         if hardware.collect().is_err() {
             return Err(OracleError::Hardware(io::Error::other("the child process died")));
         }
@@ -125,7 +126,6 @@ impl Oracle {
         &mut self,
         generator: &mut Generator,
         count: u64,
-        mut progress: impl FnMut(u64),
         mut keep_going: impl FnMut(Finding) -> bool,
     ) -> Result<u64, OracleError> {
         let mut done = 0;
@@ -140,7 +140,6 @@ impl Oracle {
                     return Ok(done);
                 }
             }
-            progress(done);
         }
         Ok(done)
     }
@@ -167,7 +166,8 @@ impl Oracle {
     }
 }
 
-fn nop() -> Case {
+/// A NOP in the code page.
+fn nop_at(rip: u64) -> Case {
     let mut case = Case {
         state: State::initial(),
         code: [0x90; 16],
@@ -175,7 +175,7 @@ fn nop() -> Case {
         steps: false,
         patches: [case::Patch::NONE; 3],
     };
-    case.state.rip = case::CODE;
+    case.state.rip = rip;
     case
 }
 
