@@ -2,7 +2,8 @@
 //! a program can see. `docs/oracle.md` says how to run it.
 //!
 //! [`generate`] makes a [`case`] from a seed, [`hardware`] and [`subject`] run it, [`compare`] says what differs, and what
-//! differs is cut down to its smallest form here.
+//! differs is cut down to its smallest form here. [`blocks`] compares the translator with the interpreter, by runs of several
+//! instructions.
 
 pub mod blocks;
 pub mod case;
@@ -12,6 +13,7 @@ pub mod generate;
 pub mod hardware;
 pub mod random;
 mod runs;
+mod shapes;
 pub mod subject;
 mod values;
 

@@ -12,6 +12,7 @@ use iced_x86::{
 use super::case::{CODE, FS_BASE, GS_BASE, Patch, State, WINDOW, WINDOW_SIZE};
 use super::generate::{self, Generator};
 use super::random::Random;
+use super::shapes::{Shape, Unit};
 use super::subject::{Subject, SubjectError};
 use super::values;
 
@@ -122,71 +123,6 @@ struct Progress {
     written: [Set; 2],
 }
 
-/// How an instruction stands in a run.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Shape {
-    Plain,
-    /// A conditional jump over it is in front.
-    Skipped,
-    /// It is a function.
-    Called,
-    /// It is the body of a loop.
-    Repeated,
-}
-
-impl Shape {
-    /// Instructions that it takes.
-    fn count(self) -> usize {
-        match self {
-            Self::Plain => 1,
-            Self::Skipped => 2,
-            Self::Called | Self::Repeated => 4,
-        }
-    }
-}
-
-/// An instruction with what stands round it.
-struct Unit {
-    before: Vec<u8>,
-    insn: Vec<u8>,
-    after: Vec<u8>,
-    shape: Shape,
-}
-
-impl Unit {
-    fn new(random: &mut Random, shape: Shape, insn: Vec<u8>) -> Self {
-        let len = insn.len() as u8;
-        let condition = random.below(16) as u8;
-        let (before, after) = match shape {
-            Shape::Plain => (vec![], vec![]),
-            Shape::Skipped if random.one_in(2) => (vec![0x70 | condition, len], vec![]),
-            Shape::Skipped => (vec![0x0f, 0x80 | condition, len, 0, 0, 0], vec![]),
-            // CALL over a JMP over what is called and its RET.
-            Shape::Called => (vec![0xe8, 2, 0, 0, 0, 0xeb, len + 1], vec![0xc3]),
-            // MOV ECX; DEC ECX and JNZ, or LOOP.
-            Shape::Repeated => {
-                let before = vec![0xb9, 1 + random.below(4) as u8, 0, 0, 0];
-                let back = |own: u8| (len + own).wrapping_neg();
-                let after =
-                    if random.one_in(4) { vec![0xe2, back(2)] } else { vec![0xff, 0xc9, 0x75, back(4)] };
-                (before, after)
-            }
-        };
-        Self { before, insn, after, shape }
-    }
-
-    fn bytes(&self) -> Vec<u8> {
-        [&self.before[..], &self.insn, &self.after].concat()
-    }
-
-    /// The bytes as they are tried: the instruction is not skipped.
-    fn trial(&self) -> Vec<u8> {
-        let nops = vec![0x90; self.before.len()];
-        let before = if self.shape == Shape::Skipped { &nops } else { &self.before };
-        [&before[..], &self.insn, &self.after].concat()
-    }
-}
-
 /// Makes runs.
 pub(super) struct Maker {
     trial: Subject,
@@ -265,14 +201,18 @@ impl Maker {
     /// How it is to stand, with so many instructions left to add.
     fn shape(&mut self, insn: &Instruction, left: usize) -> Shape {
         let used = self.factory.info(insn).used_registers();
-        let uses = |number| used.iter().any(|u| general(u.register()) == Some(number));
-        let shape = match self.random.below(24) {
-            0..=3 => Shape::Skipped,
-            4 if !uses(RSP) => Shape::Called,
-            5 if !uses(RCX) => Shape::Repeated,
+        let uses = |number: &usize| used.iter().any(|u| general(u.register()) == Some(*number));
+        let shape = match self.random.below(32) {
+            0..=4 => Shape::Skipped,
+            5 => Shape::Called,
+            6 => Shape::Misled,
+            7 => Shape::Pointed,
+            8 => Shape::CalledPointed,
+            9 => Shape::Repeated,
             _ => Shape::Plain,
         };
-        if shape.count() <= left { shape } else { Shape::Plain }
+        let fits = shape.count() <= left && !shape.forbids().iter().any(uses);
+        if fits { shape } else { Shape::Plain }
     }
 
     /// Makes what an instruction accesses lie in the window, by its displacement or by registers that nothing has touched:
@@ -296,7 +236,10 @@ impl Maker {
             }
             let size = access.memory_size().size() as u64;
             let target = generate::target(&mut self.random, size);
-            if self.aim_registers(progress, access, target) || self.displace(progress, insn, unit, target) {
+            let explicit = access.base() == insn.memory_base() || access.base() != Register::RSP;
+            if self.aim_registers(progress, access, target)
+                || explicit && self.displace(progress, insn, unit, target)
+            {
                 operand = operand.or(place(insn, target, size));
             }
         }
@@ -386,9 +329,9 @@ impl Maker {
                 progress.written[kind].add(number);
             }
         }
-        if unit.shape == Shape::Repeated {
-            progress.touched[0].add(RCX);
-            progress.written[0].add(RCX);
+        if let Some(own) = unit.shape.own() {
+            progress.touched[0].add(own);
+            progress.written[0].add(own);
         }
         if insn.is_string_instruction() && !progress.written[0].has(RCX) {
             progress.plan.pinned[0].add(RCX);
@@ -511,9 +454,8 @@ mod tests {
             seen.extend(flow);
         }
         assert_eq!(longest, MOST);
-        for flow in
-            [FlowControl::Next, FlowControl::ConditionalBranch, FlowControl::Call, FlowControl::Return]
-        {
+        use FlowControl as F;
+        for flow in [F::Next, F::ConditionalBranch, F::Call, F::Return, F::IndirectBranch, F::IndirectCall] {
             assert!(seen.contains(&flow), "{flow:?}");
         }
     }
