@@ -5,7 +5,7 @@ use iced_x86::{Instruction, OpKind, Register};
 use super::Key;
 use super::asm::{Asm, EQUAL, Mem, NOT_EQUAL, R8, R9, R10, R11, RSP};
 use super::encode::{self, Parts};
-use super::flags::always_counts;
+use super::flags::surely_changed;
 use super::glue::{BASE, CURRENT_TLB, STACK_DELTA, STACK_PAGE, VECTORS, home, segment_base};
 use super::help::Wanted;
 use super::stubs::Stub;
@@ -272,7 +272,7 @@ impl Translator<'_> {
             self.check(place, wanted);
         }
         // The flags that it reads, and those that it leaves alone.
-        let changed = if always_counts(insn, info) { info.flags_changed } else { 0 };
+        let changed = surely_changed(insn, info);
         if info.flags_read != 0 || d.live_out & !changed != 0 && info.flags_changed != 0 {
             self.want_flags(R9);
         }

@@ -293,6 +293,29 @@ mod tests {
         }
     }
 
+    /// Runs that came out differently once, with RFLAGS.
+    const ONCE_WRONG: [(&[u8], u64); 2] = [
+        // SAHF, ROL R9, 9: the rotate leaves OF alone.
+        (&[0x9e, 0x49, 0xc1, 0xc1, 9], 0xa02),
+        // SAHF, ROR R9, 9.
+        (&[0x9e, 0x49, 0xc1, 0xc9, 9], 0xa02),
+    ];
+
+    #[test]
+    fn what_was_wrong_once_is_right() {
+        for level in Level::ALL {
+            let mut blocks = Blocks::new(1, None, 8, level).expect("both sides start");
+            for (code, rflags) in ONCE_WRONG {
+                let rip = crate::oracle::case::CODE + 0x300;
+                let run = Run { rip, units: vec![code.to_vec()] };
+                let state = State { rip, rflags, ..State::initial() };
+                let patches = std::array::from_fn(|_| Patch::NONE);
+                let found = blocks.again(run, vec![Situation { state, patches }]).expect("both go on");
+                assert!(found.is_none(), "{level:?}: {}", found.map(|f| f.text).unwrap_or_default());
+            }
+        }
+    }
+
     #[test]
     fn most_cases_come_to_their_end() {
         let mut blocks = Blocks::new(2, None, 8, Level::Straight).expect("both sides start");
