@@ -4,7 +4,7 @@ use iced_x86::{Instruction, Mnemonic, OpKind};
 
 use super::{Form, Shape};
 use crate::cpu::{CodeSize, Cpu, seg};
-use crate::fault::Exec;
+use crate::fault::{Exec, Raised, vector};
 use crate::mmu::{Access, MemWord};
 use crate::op::{Handler, Op};
 use crate::regs::at;
@@ -27,7 +27,8 @@ impl Cpu {
     pub(crate) fn push<T: MemWord>(&mut self, value: T) -> Exec {
         let size = size_of::<T>() as u64;
         let linear = self.stack(size.wrapping_neg(), size, Access::Write)?;
-        self.write(linear, value)?;
+        let done = self.write(linear, value);
+        self.settle_stack(done)?;
         self.drop_stack(size.wrapping_neg());
         Ok(())
     }
@@ -44,7 +45,17 @@ impl Cpu {
     #[inline(always)]
     pub(crate) fn peek<T: MemWord>(&mut self, offset: u64) -> Exec<T> {
         let linear = self.stack(offset, size_of::<T>() as u64, Access::Read)?;
-        self.read(linear)
+        let done = self.read(linear);
+        self.settle_stack(done)
+    }
+
+    /// A stack address that is not canonical is #SS, wherever an instruction's own operand lies.
+    #[inline(always)]
+    fn settle_stack<T>(&mut self, done: Exec<T>) -> Exec<T> {
+        if done.is_err() && self.raised == Raised::NonCanonical {
+            return Err(self.fault(vector::SS, 0));
+        }
+        done
     }
 
     /// Moves the stack pointer up (or down: wrapping) within its size.

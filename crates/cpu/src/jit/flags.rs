@@ -1,6 +1,6 @@
 //! Which status flags matter where, and where they are.
 
-use iced_x86::{Decoder, DecoderOptions, Instruction, OpKind};
+use iced_x86::{Decoder, DecoderOptions, Instruction, Mnemonic, OpKind};
 
 use super::PAGE;
 use super::glue::STATUS;
@@ -47,13 +47,30 @@ pub(super) fn live_before(insn: &Instruction, info: &Info, live: u16) -> u16 {
     if info.class == Class::Handler {
         return STATUS_FLAGS;
     }
-    let changed =
-        if info.class == Class::Divide || !always_counts(insn, info) { 0 } else { info.flags_changed };
+    let changed = if info.class == Class::Divide { 0 } else { surely_changed(insn, info) };
     live & !changed | info.flags_read
 }
 
+/// The status flags of which nothing remains behind an instruction.
+pub(super) fn surely_changed(insn: &Instruction, info: &Info) -> u16 {
+    const OVERFLOW: u16 = 0x800;
+    match (always_counts(insn, info), leaves_overflow(insn)) {
+        (false, _) => 0,
+        (true, true) => info.flags_changed & !OVERFLOW,
+        (true, false) => info.flags_changed,
+    }
+}
+
+/// Rotates of a register by an immediate other than 1 leave OF alone, which is undefined by the book.
+fn leaves_overflow(insn: &Instruction) -> bool {
+    matches!(insn.mnemonic(), Mnemonic::Rol | Mnemonic::Ror)
+        && insn.op0_kind() == OpKind::Register
+        && insn.op1_kind() == OpKind::Immediate8
+        && insn.immediate8() != 1
+}
+
 /// Whether a shift certainly shifts, and so changes the flags.
-pub(super) fn always_counts(insn: &Instruction, info: &Info) -> bool {
+fn always_counts(insn: &Instruction, info: &Info) -> bool {
     if !info.counted {
         return true;
     }

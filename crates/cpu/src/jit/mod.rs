@@ -221,7 +221,7 @@ pub(crate) struct Jit {
     most: usize,
     /// Spoils what was translated, for tests.
     #[cfg(test)]
-    spoil: Option<fn(&mut [u8])>,
+    pub(crate) spoil: Option<fn(&mut [u8])>,
 }
 
 /// What was found at an address.

@@ -6,7 +6,7 @@ use super::Key;
 use super::access::Place;
 use super::asm::{EQUAL, Mem, R8, R9, R10, R11, RSP};
 use super::encode::{self, Parts};
-use super::flags::always_counts;
+use super::flags::surely_changed;
 use super::glue::{BASE, VECTORS, home, segment_base};
 use super::help::Wanted;
 use super::strings;
@@ -186,7 +186,7 @@ impl Translator<'_> {
             self.check(place, wanted, d.writes_later);
         }
         // The flags that it reads, and those that it leaves alone.
-        let changed = if always_counts(insn, info) { info.flags_changed } else { 0 };
+        let changed = surely_changed(insn, info);
         if info.flags_read != 0 || d.live_out & !changed != 0 && info.flags_changed != 0 {
             let scratch = place.scratch().last().copied().unwrap_or(R9);
             if self.want_flags(scratch) && scratch != R10 {

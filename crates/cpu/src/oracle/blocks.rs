@@ -1,13 +1,16 @@
 //! Runs of several instructions on the translator, as one block, and in the interpreter, one by one: for what the translator
 //! makes of instructions that stand side by side, and of the flags between them.
+//!
+//! [`super::runs`] makes the runs. Each meets many states, so that it is decoded and translated once for all of them, and code
+//! that leads to other code by now runs as it does in a guest.
 
-use iced_x86::{Decoder, DecoderOptions, FlowControl, Mnemonic, OpKind, Register};
-
-use super::case::{CODE, Case, Outcome, Patch, State, WINDOW, WRITABLE};
-use super::generate::Generator;
-use super::random::Random;
+use super::case::{Outcome, Patch, State};
+use super::runs::{Maker, Plan, Run, Situation};
 use super::subject::{Subject, SubjectError};
 use super::{EMPTY, compare};
+
+/// States that each run meets.
+const STATES: u64 = 32;
 
 /// What the translator may do with a run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -27,222 +30,185 @@ impl Level {
     pub const ALL: [Self; 4] = [Self::Alone, Self::Straight, Self::Extended, Self::Chained];
 }
 
-/// A run of instructions and what it meets. UD2 stands behind it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Run {
-    /// State before.
-    pub state: State,
-    /// The instructions; a conditional jump comes with what it may jump over.
-    pub insns: Vec<Vec<u8>>,
-    /// Contents of the window beside the pattern.
-    pub patches: [Patch; 3],
-}
-
-impl Run {
-    fn code(&self) -> Vec<u8> {
-        let mut code = self.insns.concat();
-        code.extend([0x0f, 0x0b]);
-        code
-    }
-
-    /// The first of its instructions as a case.
-    fn case(&self) -> Case {
-        Case { state: self.state, code: [0x90; 16], len: 1, steps: false, patches: self.patches }
-    }
-}
-
 /// A run that came out differently, as small as it could be made.
 #[derive(Debug, Clone)]
 pub struct Found {
-    /// The run.
-    pub run: Run,
+    run: Run,
+    /// What it met before, for what the translator made of that, and last what it came out differently from.
+    met: Vec<Situation>,
     /// What differs, for people; the interpreter is on the side of the hardware.
     pub text: String,
 }
 
-/// Compares runs.
-pub struct Blocks {
-    interpreter: Subject,
-    translator: Subject,
-    generator: Generator,
-    random: Random,
-    most: usize,
+/// How much was compared.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+pub struct Counts {
+    /// Cases: a run and a state that it met.
+    pub cases: u64,
+    /// Runs.
+    pub runs: u64,
+    /// Cases in which an exception came before the end.
+    pub faults: u64,
 }
 
-/// Instructions tried for one place in a run.
-const TRIES: usize = 16;
+impl std::ops::AddAssign for Counts {
+    fn add_assign(&mut self, other: Self) {
+        self.cases += other.cases;
+        self.runs += other.runs;
+        self.faults += other.faults;
+    }
+}
+
+/// Compares runs.
+pub struct Blocks {
+    interpreter: Side,
+    translator: Side,
+    maker: Maker,
+}
 
 impl Blocks {
     /// Runs of up to `most` instructions, from a seed.
     pub fn new(seed: u64, only: Option<&str>, most: usize, level: Level) -> Result<Self, SubjectError> {
         Ok(Self {
-            interpreter: Subject::new()?,
-            translator: Subject::translator_at(level)?,
-            generator: Generator::new(seed, only),
-            random: Random::new(!seed),
-            most: most.max(1),
+            interpreter: Side::new(Subject::new()?),
+            translator: Side::new(Subject::translator_at(level)?),
+            maker: Maker::new(seed.wrapping_add((level as u64) << 56), only, most)?,
         })
     }
 
-    /// Makes and compares `count` runs until `keep_going` says no to what was found; how many there were.
+    /// Makes runs and compares `count` cases of them until `keep_going` says no to what was found.
     pub fn run_many(
         &mut self,
         count: u64,
-        mut progress: impl FnMut(u64),
         mut keep_going: impl FnMut(Found) -> bool,
-    ) -> Result<u64, SubjectError> {
-        for done in 0..count {
-            let run = self.make()?;
-            if let Some(found) = self.compare(&run)? {
+    ) -> Result<Counts, SubjectError> {
+        let mut counts = Counts::default();
+        while counts.cases < count {
+            let plan = self.maker.make()?;
+            let states = STATES.min(count - counts.cases);
+            if let Some(found) = self.compare_plan(&plan, states, &mut counts)? {
                 let found = self.minimize(found)?;
                 if !keep_going(found) {
-                    return Ok(done + 1);
-                }
-            }
-            if done % 1024 == 0 {
-                progress(done);
-            }
-        }
-        Ok(count)
-    }
-
-    /// A run whose instructions mostly do not fault: each is tried in the interpreter.
-    fn make(&mut self) -> Result<Run, SubjectError> {
-        let first = self.generator.next_case();
-        let mut run = Run { state: first.state, insns: Vec::new(), patches: first.patches };
-        run.state.rip = CODE + 0x200 + self.random.below(0x800);
-        for register in &mut run.state.gpr {
-            if self.random.one_in(2) {
-                *register = WINDOW + 0x400 + 8 * self.random.below(0x180);
-            }
-        }
-        let wanted = 1 + self.random.below(self.most as u64) as usize;
-        let mut state = run.state;
-        while run.insns.len() < wanted {
-            let before = run.insns.len();
-            for _ in 0..TRIES {
-                let Some(bytes) = self.instruction(&state) else { continue };
-                run.insns.push(bytes);
-                let end = run.state.rip + run.code().len() as u64 - 2;
-                let after = self.interpreter.after(&run)?;
-                if after.rip == end {
-                    state = after;
                     break;
                 }
-                if self.random.one_in(40) {
-                    return Ok(run);
-                }
-                run.insns.pop();
-            }
-            if run.insns.len() == before {
-                break;
             }
         }
-        Ok(run)
+        Ok(counts)
     }
 
-    /// One instruction that mostly makes sense in a state.
-    fn instruction(&mut self, state: &State) -> Option<Vec<u8>> {
-        if self.random.one_in(8) {
-            return Some(self.jump());
+    /// Lets a run meet many states, until one comes out differently.
+    fn compare_plan(
+        &mut self,
+        plan: &Plan,
+        states: u64,
+        counts: &mut Counts,
+    ) -> Result<Option<Found>, SubjectError> {
+        self.place(&plan.run)?;
+        counts.runs += 1;
+        let mut met = Vec::with_capacity(states as usize);
+        for _ in 0..states {
+            met.push(self.maker.situation(plan));
+            let Some(last) = met.last() else { continue };
+            let same = self.same(&plan.run, last)?;
+            counts.cases += 1;
+            counts.faults += u64::from(self.interpreter.outcome.state.rip != plan.run.end());
+            if !same {
+                let text = self.describe(&plan.run, &met);
+                return Ok(Some(Found { run: plan.run.clone(), met, text }));
+            }
         }
-        let mut bytes = self.generator.next_case().bytes().to_vec();
-        let mut decoder = Decoder::with_ip(64, &bytes, state.rip, DecoderOptions::NONE);
-        let insn = decoder.decode();
-        let flags = matches!(insn.mnemonic(), Mnemonic::Popf | Mnemonic::Popfd | Mnemonic::Popfq);
-        if insn.is_invalid() || insn.flow_control() != FlowControl::Next || flags {
-            return None;
-        }
-        let at = decoder.get_constant_offsets(&insn);
-        if insn.op_kinds().any(|k| k == OpKind::Memory) && at.displacement_size() == 4 {
-            let value = |register: Register| match register {
-                Register::RIP | Register::EIP => state.rip.wrapping_add(insn.len() as u64),
-                r if r.is_gpr() => state.gpr[r.full_register().number() & 15],
-                _ => 0,
-            };
-            let index = value(insn.memory_index()).wrapping_mul(u64::from(insn.memory_index_scale()));
-            let target = WINDOW + 0x200 + self.random.below(WRITABLE as u64 - 0x400);
-            let displacement = target.wrapping_sub(value(insn.memory_base())).wrapping_sub(index);
-            bytes[at.displacement_offset()..][..4].copy_from_slice(&(displacement as u32).to_le_bytes());
-        }
-        Some(bytes)
+        Ok(None)
     }
 
-    /// A conditional jump over an instruction.
-    fn jump(&mut self) -> Vec<u8> {
-        // ADD, OR, ADC, SBB, AND, SUB, XOR, CMP, TEST of EAX with a constant, which are as long as MOV.
-        let over =
-            self.random.pick(&[0x05, 0x0d, 0x15, 0x1d, 0x25, 0x2d, 0x35, 0x3d, 0xa9, 0xb8, 0xb9, 0xbe]);
-        let condition = self.random.below(16) as u8;
-        let mut bytes = if self.random.one_in(2) {
-            vec![0x70 | condition, 5]
-        } else {
-            vec![0x0f, 0x80 | condition, 5, 0, 0, 0]
-        };
-        bytes.push(over);
-        bytes.extend(&self.random.next().to_le_bytes()[..4]);
-        bytes
+    /// Puts a run in the place of what was there, on both sides.
+    fn place(&mut self, run: &Run) -> Result<(), SubjectError> {
+        let code = run.code();
+        self.interpreter.place(run.rip, &code)?;
+        self.translator.place(run.rip, &code)
     }
 
-    /// Runs both; what differs.
-    fn compare(&mut self, run: &Run) -> Result<Option<Found>, SubjectError> {
-        let mut wanted = EMPTY;
-        let mut given = EMPTY;
-        self.interpreter.run_whole(run, &mut wanted)?;
-        self.translator.run_whole(run, &mut given)?;
-        let end = run.state.rip + run.code().len() as u64 - 2;
-        if wanted.state.rip != end {
+    /// Runs both from one state; whether they end alike.
+    fn same(&mut self, run: &Run, met: &Situation) -> Result<bool, SubjectError> {
+        self.interpreter.run(met)?;
+        self.translator.run(met)?;
+        let (wanted, given) = (&self.interpreter.outcome, &mut self.translator.outcome);
+        if wanted.state.rip != run.end() {
             // Which flags a fault shows that nobody needs any more is left open.
             const STATUS: u64 = 0x8d5;
             given.state.rflags = given.state.rflags & !STATUS | wanted.state.rflags & STATUS;
         }
-        let case = run.case();
-        if same(&wanted, &given) {
+        Ok(wanted.state == given.state
+            && wanted.event == given.event
+            && wanted.changed == given.changed
+            && wanted.changes() == given.changes())
+    }
+
+    /// Lets a run meet states anew; a difference in the last.
+    fn again(&mut self, run: Run, met: Vec<Situation>) -> Result<Option<Found>, SubjectError> {
+        self.place(&run)?;
+        let mut same = true;
+        for met in &met {
+            same = self.same(&run, met)?;
+        }
+        if same {
             return Ok(None);
         }
-        let mut text = compare::describe(&case);
-        for bytes in &run.insns {
-            let insn = Decoder::with_ip(64, bytes, 0, DecoderOptions::NONE).decode();
-            let hex: Vec<String> = bytes.iter().map(|b| format!("{b:02x}")).collect();
-            text += &format!("  [{}] {:?}\n", hex.join(" "), insn.code());
+        let text = self.describe(&run, &met);
+        Ok(Some(Found { run, met, text }))
+    }
+
+    /// What has just come out differently.
+    fn describe(&self, run: &Run, met: &[Situation]) -> String {
+        let Some((last, before)) = met.split_last() else { return String::new() };
+        let mut text = String::new();
+        let mut rip = run.rip;
+        for unit in &run.units {
+            text += &compare::unit(unit, rip);
+            rip += unit.len() as u64;
         }
-        for mut difference in compare::differences(&case, &wanted, &given) {
-            (difference.hardware, difference.interpreter) = (
-                format!("(interpreter) {}", difference.hardware),
-                format!("(translator) {}", difference.interpreter),
-            );
-            text += &format!("  != {difference}\n");
+        text += &compare::situation(&last.state, &last.patches);
+        if !before.is_empty() {
+            text += &format!("  after {} other states\n", before.len());
         }
-        Ok(Some(Found { run: run.clone(), text }))
+        let case = super::nop_at(run.rip);
+        let (wanted, given) = (&self.interpreter.outcome, &self.translator.outcome);
+        for difference in compare::differences(&case, wanted, given) {
+            let compare::Difference { what, hardware, interpreter } = difference;
+            text += &format!("  != {what:<10} interpreter {hardware}  translator {interpreter}\n");
+        }
+        text
     }
 
     /// Takes away from a run whatever does not matter to its difference.
     fn minimize(&mut self, found: Found) -> Result<Found, SubjectError> {
         let mut best = found;
+        if let Some(last) = best.met.last().cloned()
+            && let Some(found) = self.again(best.run.clone(), vec![last])?
+        {
+            best = found;
+        }
         let mut at = 0;
-        while at < best.run.insns.len() {
+        while at + 1 < best.met.len() {
+            let mut met = best.met.clone();
+            met.remove(at);
+            match self.again(best.run.clone(), met)? {
+                Some(found) => best = found,
+                None => at += 1,
+            }
+        }
+        at = 0;
+        while at < best.run.units.len() {
             let mut run = best.run.clone();
-            run.insns.remove(at);
-            match self.compare(&run)? {
+            run.units.remove(at);
+            match self.again(run, best.met.clone())? {
                 Some(found) => best = found,
                 None => at += 1,
             }
         }
         for part in 0..21 {
-            let mut run = best.run.clone();
-            match part {
-                0 => run.state.ymm = [[0; 4]; 16],
-                1 => {
-                    let mxcsr = run.state.mxcsr();
-                    run.state.x87 = State::initial().x87;
-                    run.state.set_mxcsr(mxcsr);
-                }
-                2 => run.state.set_mxcsr(0x1f80),
-                3 => run.state.rflags = 0x202,
-                4 => run.patches = [Patch::NONE; 3],
-                n => run.state.gpr[n - 5] = 0,
-            }
-            if let Some(found) = self.compare(&run)? {
+            let mut met = best.met.clone();
+            met.iter_mut().for_each(|met| simplify(met, part));
+            if let Some(found) = self.again(best.run.clone(), met)? {
                 best = found;
             }
         }
@@ -250,36 +216,111 @@ impl Blocks {
     }
 }
 
-fn same(a: &Outcome, b: &Outcome) -> bool {
-    a.state == b.state && a.event == b.event && a.changed == b.changed && a.changes() == b.changes()
+/// Makes one of 21 parts of a situation what it is initially.
+fn simplify(met: &mut Situation, part: usize) {
+    let state = &mut met.state;
+    match part {
+        0 => state.ymm = [[0; 4]; 16],
+        1 => {
+            let mxcsr = state.mxcsr();
+            state.x87 = State::initial().x87;
+            state.set_mxcsr(mxcsr);
+        }
+        2 => state.set_mxcsr(0x1f80),
+        3 => state.rflags = 0x202,
+        4 => met.patches.fill(Patch::NONE),
+        n => state.gpr[(n - 5) & 15] = 0,
+    }
 }
 
-impl Subject {
-    fn begin(&mut self, run: &Run) -> Result<(), SubjectError> {
-        self.write_code(run.state.rip, &run.code())?;
-        self.write_memory(&Case { len: 0, ..run.case() })?;
-        self.load(&run.case());
-        Ok(())
+/// A processor that runs them, the code that it has now, and what came out last.
+struct Side {
+    subject: Subject,
+    rip: u64,
+    len: usize,
+    outcome: Box<Outcome>,
+}
+
+impl Side {
+    fn new(subject: Subject) -> Self {
+        Self { subject, rip: super::case::CODE, len: 0, outcome: Box::new(EMPTY) }
     }
 
-    fn end(&mut self, run: &Run, outcome: &mut Outcome) -> Result<(), SubjectError> {
-        self.store(outcome);
-        self.erase_code(run.state.rip, run.code().len())?;
-        self.look_at_window(outcome)?;
+    fn place(&mut self, rip: u64, code: &[u8]) -> Result<(), SubjectError> {
+        self.subject.erase_code(self.rip, self.len)?;
+        self.subject.write_code(rip, code)?;
+        (self.rip, self.len) = (rip, code.len());
         Ok(())
-    }
-
-    /// The state behind a run in the interpreter, RIP at what it stops at.
-    fn after(&mut self, run: &Run) -> Result<State, SubjectError> {
-        let mut outcome = EMPTY;
-        self.run_whole(run, &mut outcome)?;
-        Ok(outcome.state)
     }
 
     /// Runs to the first exception, which may be UD2's.
-    fn run_whole(&mut self, run: &Run, outcome: &mut Outcome) -> Result<(), SubjectError> {
-        self.begin(run)?;
-        outcome.event = self.until_exception()?;
-        self.end(run, outcome)
+    fn run(&mut self, met: &Situation) -> Result<(), SubjectError> {
+        self.subject.write_patches(&met.patches)?;
+        self.subject.load(&met.state);
+        self.outcome.event = self.subject.until_exception()?;
+        self.subject.store(&mut self.outcome.state);
+        self.subject.look_at_window(&mut self.outcome)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Makes NEG of NOT.
+    fn spoil(code: &mut [u8]) {
+        for at in 1..code.len() {
+            if code[at - 1] == 0xf7 && code[at] & 0xf8 == 0xd0 {
+                code[at] |= 8;
+            }
+        }
+    }
+
+    #[test]
+    fn a_wrong_translation_is_found_and_cut_down() {
+        for level in Level::ALL {
+            let mut blocks = Blocks::new(1, Some("Not_rm32"), 8, level).expect("both sides start");
+            blocks.translator.subject.spoil(spoil);
+            let mut found = None;
+            let keep = |difference| {
+                found = Some(difference);
+                false
+            };
+            let counts = blocks.run_many(10_000, keep).expect("both sides go on");
+            let found = found.expect("it is wrong");
+            assert!(counts.cases < 10_000, "{counts:?}");
+            assert_eq!((found.run.units.len(), found.met.len()), (1, 1), "{}", found.text);
+        }
+    }
+
+    /// Runs that came out differently once, with RFLAGS.
+    const ONCE_WRONG: [(&[u8], u64); 2] = [
+        // SAHF, ROL R9, 9: the rotate leaves OF alone.
+        (&[0x9e, 0x49, 0xc1, 0xc1, 9], 0xa02),
+        // SAHF, ROR R9, 9.
+        (&[0x9e, 0x49, 0xc1, 0xc9, 9], 0xa02),
+    ];
+
+    #[test]
+    fn what_was_wrong_once_is_right() {
+        for level in Level::ALL {
+            let mut blocks = Blocks::new(1, None, 8, level).expect("both sides start");
+            for (code, rflags) in ONCE_WRONG {
+                let rip = crate::oracle::case::CODE + 0x300;
+                let run = Run { rip, units: vec![code.to_vec()] };
+                let state = State { rip, rflags, ..State::initial() };
+                let patches = std::array::from_fn(|_| Patch::NONE);
+                let found = blocks.again(run, vec![Situation { state, patches }]).expect("both go on");
+                assert!(found.is_none(), "{level:?}: {}", found.map(|f| f.text).unwrap_or_default());
+            }
+        }
+    }
+
+    #[test]
+    fn most_cases_come_to_their_end() {
+        let mut blocks = Blocks::new(2, None, 8, Level::Straight).expect("both sides start");
+        let counts = blocks.run_many(6400, |_| true).expect("both sides go on");
+        assert_eq!((counts.cases, counts.runs), (6400, 200));
+        assert!((1..2000).contains(&counts.faults), "{counts:?}");
     }
 }

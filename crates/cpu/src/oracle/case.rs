@@ -154,12 +154,23 @@ impl Outcome {
     }
 
     /// Records how `window` differs from `pattern`.
-    pub fn record(&mut self, window: &[u64], pattern: &[u64]) {
+    pub fn record(&mut self, window: &[u8], pattern: &[u8]) {
+        const AT_ONCE: usize = 512;
         self.changed = 0;
-        for (i, (now, before)) in window.iter().zip(pattern).enumerate() {
+        for (n, (now, before)) in window.chunks(AT_ONCE).zip(pattern.chunks(AT_ONCE)).enumerate() {
+            if now != before {
+                self.record_part(AT_ONCE * n, now, before);
+            }
+        }
+    }
+
+    /// Likewise a part that begins at the offset `first`.
+    fn record_part(&mut self, first: usize, window: &[u8], pattern: &[u8]) {
+        for (i, (now, before)) in window.chunks_exact(8).zip(pattern.chunks_exact(8)).enumerate() {
             if now != before {
                 if let Some(change) = self.changes.get_mut(self.changed as usize) {
-                    *change = (8 * i as u64, *now);
+                    *change =
+                        ((first + 8 * i) as u64, u64::from_le_bytes(now.try_into().unwrap_or_default()));
                 }
                 self.changed += 1;
             }

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use super::case::{CODE, Case, Event, Outcome, State};
+use super::case::{CODE, Case, Event, Outcome, Patch, State};
 
 /// One thing that is not equal: what, on the hardware, in the interpreter.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -198,12 +198,32 @@ fn hex(bytes: &[u8]) -> String {
 
 /// A case for people: code, bytes, and what of the state is not initial.
 pub fn describe(case: &Case) -> String {
+    instruction(case.bytes(), case.state.rip) + &situation(&case.state, &case.patches)
+}
+
+/// An instruction for people.
+pub(super) fn instruction(bytes: &[u8], rip: u64) -> String {
+    let insn = iced_x86::Decoder::with_ip(64, bytes, rip, iced_x86::DecoderOptions::NONE).decode();
+    let bytes: Vec<String> = bytes.iter().map(|b| format!("{b:02x}")).collect();
+    format!("{:?} [{}] at {rip:#x}\n", insn.code(), bytes.join(" "))
+}
+
+/// Instructions in a row for people.
+pub(super) fn unit(bytes: &[u8], rip: u64) -> String {
+    let mut decoder = iced_x86::Decoder::with_ip(64, bytes, rip, iced_x86::DecoderOptions::NONE);
+    let mut text = String::new();
+    while decoder.can_decode() {
+        let at = decoder.position();
+        let _ = decoder.decode();
+        text += &instruction(&bytes[at..decoder.position()], rip + at as u64);
+    }
+    text
+}
+
+/// For people, what of a state is not initial, and what else is in the window.
+pub(super) fn situation(state: &State, patches: &[Patch]) -> String {
     let initial = State::initial();
-    let state = &case.state;
-    let insn =
-        iced_x86::Decoder::with_ip(64, case.bytes(), state.rip, iced_x86::DecoderOptions::NONE).decode();
-    let bytes: Vec<String> = case.bytes().iter().map(|b| format!("{b:02x}")).collect();
-    let mut text = format!("{:?} [{}] at {:#x}\n", insn.code(), bytes.join(" "), state.rip);
+    let mut text = String::new();
     for (i, name) in NAMES.iter().enumerate() {
         if state.gpr[i] != 0 {
             text += &format!("  {name} = {:#x}\n", state.gpr[i]);
@@ -222,7 +242,7 @@ pub fn describe(case: &Case) -> String {
             text += &format!("  st{i} = {}\n", hex(&state.x87[32 + 16 * i..42 + 16 * i]));
         }
     }
-    for patch in case.patches.iter().filter(|p| p.len != 0) {
+    for patch in patches.iter().filter(|p| p.len != 0) {
         text += &format!("  window+{:#x} = {}\n", patch.at, hex(&patch.bytes[..patch.range().len()]));
     }
     text

@@ -35,6 +35,22 @@ impl Generator {
         self.codes.len()
     }
 
+    /// The bytes of the next instruction, whatever it meets, and what they are. Invalid ones are among them.
+    pub(super) fn next_instruction(&mut self) -> (Vec<u8>, Instruction) {
+        loop {
+            if let Some(made) = instruction(&self.codes, &mut Random::new(self.random.next())) {
+                return made;
+            }
+        }
+    }
+
+    /// Another state.
+    pub(super) fn next_state(&mut self) -> State {
+        let mut state = State::initial();
+        registers(&mut Random::new(self.random.next()), &mut state);
+        state
+    }
+
     /// The next case.
     pub fn next_case(&mut self) -> Case {
         loop {
@@ -51,7 +67,8 @@ fn decode(bytes: &[u8], rip: u64) -> Instruction {
     Decoder::with_ip(64, bytes, rip, DecoderOptions::NONE).decode()
 }
 
-fn make(codes: &[Code], random: &mut Random) -> Option<Case> {
+/// The bytes of an instruction that can be compared, and what they are.
+fn instruction(codes: &[Code], random: &mut Random) -> Option<(Vec<u8>, Instruction)> {
     let mut bytes = encodings::encode(random.pick(codes), random);
     // Whatever a stray prefix makes of the instruction, there are bytes enough for it.
     bytes.extend(random.next().to_le_bytes());
@@ -64,6 +81,12 @@ fn make(codes: &[Code], random: &mut Random) -> Option<Case> {
     // An invalid instruction is as long as its bytes; where the processor stops reading is its own affair.
     let len = if insn.is_invalid() { bytes.len() } else { insn.len() };
     bytes.truncate(len);
+    Some((bytes, insn))
+}
+
+fn make(codes: &[Code], random: &mut Random) -> Option<Case> {
+    let (mut bytes, insn) = instruction(codes, random)?;
+    let len = bytes.len();
     let mut case = Case {
         state: State::initial(),
         code: [0; 16],
@@ -82,6 +105,7 @@ fn make(codes: &[Code], random: &mut Random) -> Option<Case> {
     registers(random, &mut case.state);
     operands(random, &insn, &mut bytes, &mut case);
     special(random, &insn, &mut case);
+    stack(random, &insn, &mut case);
     case.code[..bytes.len()].copy_from_slice(&bytes);
     Some(case)
 }
@@ -111,7 +135,7 @@ fn registers(random: &mut Random, state: &mut State) {
 }
 
 /// An address for a memory operand of `size` bytes.
-fn target(random: &mut Random, size: u64) -> u64 {
+pub(super) fn target(random: &mut Random, size: u64) -> u64 {
     let size = size.clamp(1, 1024);
     let middle = WINDOW + 0x200;
     match random.below(40) {
@@ -134,7 +158,7 @@ fn target(random: &mut Random, size: u64) -> u64 {
     }
 }
 
-fn number(register: Register) -> usize {
+pub(super) fn number(register: Register) -> usize {
     register.full_register().number() & 15
 }
 
@@ -294,6 +318,19 @@ fn special(random: &mut Random, insn: &Instruction, case: &mut Case) {
     }
 }
 
+/// Stacks that are not where they should be. POPF must pop what it may.
+fn stack(random: &mut Random, insn: &Instruction, case: &mut Case) {
+    let flags = matches!(insn.mnemonic(), Mnemonic::Popf | Mnemonic::Popfd | Mnemonic::Popfq);
+    if insn.is_invalid() || !insn.is_stack_instruction() || flags {
+        return;
+    }
+    match random.below(32) {
+        0..=3 => case.state.gpr[4] = target(random, 8),
+        4 => case.state.gpr[4] = 1 << 63 | random.next() >> 2,
+        _ => {}
+    }
+}
+
 /// A mask register with more ones than chance has.
 fn mask(random: &mut Random, register: Register, case: &mut Case) {
     for word in &mut case.state.ymm[register.number() & 15] {
@@ -303,7 +340,7 @@ fn mask(random: &mut Random, register: Register, case: &mut Case) {
 }
 
 /// The beginning of a legacy region that can be loaded.
-fn image(random: &mut Random) -> [u8; 64] {
+pub(super) fn image(random: &mut Random) -> [u8; 64] {
     let mut state = State::initial();
     values::x87(random, &mut state);
     if random.one_in(8) {

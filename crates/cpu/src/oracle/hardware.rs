@@ -486,10 +486,11 @@ unsafe fn clean_up(channel: *mut Channel, case: *const Case, outcome: *mut Outco
             CODE_VIEW.load(Ordering::Relaxed).add(offset).write_bytes(0xcc, 15.min(PAGE - offset));
         }
         let window = WINDOW_VIEW.load(Ordering::Relaxed);
-        let now = std::slice::from_raw_parts(window, WINDOW_SIZE / 8);
-        (*outcome).record(now, &(*channel).pattern);
-        let changed = (*outcome).changed as usize;
         let pattern = (&raw const (*channel).pattern).cast::<u64>();
+        let [now, before] = [window.cast_const(), pattern]
+            .map(|words| std::slice::from_raw_parts(words.cast::<u8>(), WINDOW_SIZE));
+        (*outcome).record(now, before);
+        let changed = (*outcome).changed as usize;
         if changed > super::case::CHANGES {
             window.copy_from_nonoverlapping(pattern, WINDOW_SIZE / 8);
         } else {

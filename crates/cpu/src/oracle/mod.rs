@@ -2,7 +2,8 @@
 //! a program can see. `docs/oracle.md` says how to run it.
 //!
 //! [`generate`] makes a [`case`] from a seed, [`hardware`] and [`subject`] run it, [`compare`] says what differs, and what
-//! differs is cut down to its smallest form here.
+//! differs is cut down to its smallest form here. [`blocks`] compares the translator with the interpreter, by runs of several
+//! instructions.
 
 pub mod blocks;
 pub mod case;
@@ -11,6 +12,8 @@ mod encodings;
 pub mod generate;
 pub mod hardware;
 pub mod random;
+mod runs;
+mod shapes;
 pub mod subject;
 mod values;
 
@@ -81,7 +84,7 @@ impl Oracle {
     fn with(subject: Subject) -> Result<Self, OracleError> {
         let mut hardware = Hardware::new()?;
         // The first case meets the child in a state of its own making.
-        hardware.post(&[nop()]);
+        hardware.post(&[nop_at(case::CODE)]);
         if hardware.collect().is_err() {
             return Err(OracleError::Hardware(io::Error::other("the child process died")));
         }
@@ -125,7 +128,6 @@ impl Oracle {
         &mut self,
         generator: &mut Generator,
         count: u64,
-        mut progress: impl FnMut(u64),
         mut keep_going: impl FnMut(Finding) -> bool,
     ) -> Result<u64, OracleError> {
         let mut done = 0;
@@ -140,7 +142,6 @@ impl Oracle {
                     return Ok(done);
                 }
             }
-            progress(done);
         }
         Ok(done)
     }
@@ -167,7 +168,8 @@ impl Oracle {
     }
 }
 
-fn nop() -> Case {
+/// A NOP in the code page.
+fn nop_at(rip: u64) -> Case {
     let mut case = Case {
         state: State::initial(),
         code: [0x90; 16],
@@ -175,7 +177,7 @@ fn nop() -> Case {
         steps: false,
         patches: [case::Patch::NONE; 3],
     };
-    case.state.rip = case::CODE;
+    case.state.rip = rip;
     case
 }
 

@@ -15,6 +15,7 @@ impl Random {
 
     /// The next number.
     #[allow(clippy::should_implement_trait, reason = "it never ends, so it is no iterator")]
+    #[inline]
     pub fn next(&mut self) -> u64 {
         self.0 ^= self.0 >> 12;
         self.0 ^= self.0 << 25;
@@ -23,16 +24,19 @@ impl Random {
     }
 
     /// A number below `limit`.
+    #[inline]
     pub fn below(&mut self, limit: u64) -> u64 {
         self.next() % limit.max(1)
     }
 
     /// True once in `n`.
+    #[inline]
     pub fn one_in(&mut self, n: u64) -> bool {
         self.below(n) == 0
     }
 
     /// An element.
+    #[inline]
     pub fn pick<T: Copy>(&mut self, from: &[T]) -> T {
         from[self.below(from.len() as u64) as usize]
     }

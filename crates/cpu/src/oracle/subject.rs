@@ -9,7 +9,8 @@ use skep_hv::state::Segment;
 use skep_memory::{GuestMemory, MemoryError, RegionKind, RegionSpec};
 
 use super::case::{
-    CODE, Case, Event, FS_BASE, GS_BASE, LONGEST, Outcome, WINDOW, WINDOW_SIZE, WRITABLE, pattern,
+    CODE, Case, Event, FS_BASE, GS_BASE, LONGEST, Outcome, Patch, State, WINDOW, WINDOW_SIZE, WRITABLE,
+    pattern,
 };
 use crate::cpu::{Cpu, cr0, cr4, efer, seg};
 use crate::run::Step;
@@ -27,6 +28,8 @@ const TASK: u64 = 0xffff_8000_0000_0000;
 const MEMORY: u64 = 1 << 20;
 /// What the code page holds where no instruction stands.
 const BREAKPOINT: u8 = 0xcc;
+/// More instructions than a short run executes, its loops and the pauses of its string instructions included.
+const MANY: usize = 64;
 
 /// Selectors as Linux has them.
 const CODE_SELECTOR: u16 = 0x33;
@@ -36,8 +39,8 @@ const STACK_SELECTOR: u16 = 0x2b;
 pub struct Subject {
     cpu: Box<Cpu>,
     translates: bool,
-    pattern: Vec<u64>,
-    window: Vec<u64>,
+    /// What the window holds between two cases.
+    pattern: Vec<u8>,
 }
 
 /// The interpreter could not be set up, or gave up.
@@ -113,6 +116,27 @@ impl Subject {
         Err(SubjectError::Stopped("it goes on for ever".into()))
     }
 
+    /// Goes on in the interpreter until RIP is `end`; false if an exception or too many instructions come before. What it
+    /// decodes is not kept.
+    pub(super) fn reaches(&mut self, end: u64) -> Result<bool, SubjectError> {
+        let cpu = &mut self.cpu;
+        for _ in 0..MANY {
+            if cpu.rip == end {
+                return Ok(true);
+            }
+            let step = match cpu.decode_fresh(cpu.rip, cpu.mode.code) {
+                Ok(fresh) => cpu.step_fresh(&fresh),
+                Err(crate::fault::Abort) => cpu.abandoned(None),
+            };
+            match step {
+                Step::Done => {}
+                Step::Raised(_) => return Ok(false),
+                Step::Failed(why) => return Err(SubjectError::Stopped(why.into())),
+            }
+        }
+        Ok(false)
+    }
+
     /// Sets it up.
     pub fn new() -> Result<Self, SubjectError> {
         let ram = RegionSpec { start: 0, size: MEMORY, kind: RegionKind::Ram };
@@ -123,24 +147,29 @@ impl Subject {
         let mut cpu = Cpu::new(0, memory, shared, Arc::new(Mailbox::new()), tsc)?;
         map_pages(&cpu.memory)?;
         user_mode(&mut cpu);
-        let pattern = pattern();
-        let subject = Self { cpu, translates: false, window: vec![0; pattern.len()], pattern };
+        let pattern = pattern().iter().flat_map(|word| word.to_le_bytes()).collect();
+        let subject = Self { cpu, translates: false, pattern };
         subject.restore_window()?;
         subject.cpu.memory.write(CODE_AT, &[BREAKPOINT; PAGE as usize])?;
         Ok(subject)
     }
 
-    fn restore_window(&self) -> Result<(), MemoryError> {
-        let bytes: Vec<u8> = self.pattern.iter().flat_map(|w| w.to_le_bytes()).collect();
-        self.cpu.memory.write(WINDOW_AT, &bytes)
+    /// Makes the window as it was.
+    pub(super) fn restore_window(&self) -> Result<(), MemoryError> {
+        self.cpu.memory.write(WINDOW_AT, &self.pattern)
     }
 
     /// Puts a case's code and patches into memory.
-    pub(super) fn write_memory(&self, case: &Case) -> Result<(), MemoryError> {
+    fn write_memory(&self, case: &Case) -> Result<(), MemoryError> {
         let offset = case.state.rip.wrapping_sub(CODE);
         let code_len = (case.bytes().len() as u64).min(PAGE.saturating_sub(offset));
         self.cpu.memory.write(CODE_AT + offset, &case.bytes()[..code_len as usize])?;
-        for patch in &case.patches {
+        self.write_patches(&case.patches)
+    }
+
+    /// Puts patches into the window.
+    pub(super) fn write_patches(&self, patches: &[Patch]) -> Result<(), MemoryError> {
+        for patch in patches.iter().filter(|patch| patch.len != 0) {
             let range = patch.range();
             self.cpu.memory.write(WINDOW_AT + range.start as u64, &patch.bytes[..range.len()])?;
         }
@@ -150,7 +179,7 @@ impl Subject {
     /// Runs a case.
     pub fn run(&mut self, case: &Case, outcome: &mut Outcome) -> Result<(), SubjectError> {
         self.write_memory(case)?;
-        self.load(case);
+        self.load(&case.state);
         // A string instruction may pause, to be interruptible, with RIP where it was.
         let mut paused = false;
         outcome.event = loop {
@@ -170,7 +199,7 @@ impl Subject {
                 Step::Failed(why) => return Err(SubjectError::Stopped(why.into())),
             }
         };
-        self.store(outcome);
+        self.store(&mut outcome.state);
         let offset = case.state.rip.wrapping_sub(CODE);
         let code_len = LONGEST.min(PAGE.saturating_sub(offset) as usize);
         self.cpu.memory.write(CODE_AT + offset, &[BREAKPOINT; LONGEST][..code_len])?;
@@ -188,6 +217,14 @@ impl Subject {
             };
         }
         self.cpu.step()
+    }
+
+    /// Spoils what is translated from now on.
+    #[cfg(test)]
+    pub(super) fn spoil(&mut self, spoil: fn(&mut [u8])) {
+        if let Some(jit) = &mut self.cpu.jit {
+            jit.spoil = Some(spoil);
+        }
     }
 
     /// Gives exceptions and interrupts handlers in level 0, for comparisons of whole steps.
@@ -218,31 +255,32 @@ impl Subject {
         self.restore_window()?;
         self.cpu.memory.zero(TASK_AT + 0x1_2000, PAGE)?;
         self.write_memory(case)?;
-        self.load(case);
+        self.load(&case.state);
         Ok(&mut self.cpu)
     }
 
-    pub(super) fn load(&mut self, case: &Case) {
+    /// Puts a state into the processor.
+    pub(super) fn load(&mut self, state: &State) {
         let cpu = &mut self.cpu;
-        for (i, &value) in case.state.gpr.iter().enumerate() {
+        for (i, &value) in state.gpr.iter().enumerate() {
             cpu.regs.set_gpr(i, value);
         }
-        cpu.rip = case.state.rip;
+        cpu.rip = state.rip;
         let checks = cpu.flag(crate::cpu::fl::AC);
-        cpu.set_rflags(case.state.rflags);
+        cpu.set_rflags(state.rflags);
         if checks != cpu.flag(crate::cpu::fl::AC) {
             cpu.refresh_mode();
         }
         cpu.segs[seg::FS].base = FS_BASE;
         cpu.segs[seg::GS].base = GS_BASE;
-        cpu.fpu.set_visible(&case.state.x87, &case.state.ymm);
+        cpu.fpu.set_visible(&state.x87, &state.ymm);
         // Nobody else wants attention.
         cpu.look = false;
     }
 
-    pub(super) fn store(&self, outcome: &mut Outcome) {
+    /// Takes the state out of the processor.
+    pub(super) fn store(&self, state: &mut State) {
         let cpu = &self.cpu;
-        let state = &mut outcome.state;
         for (i, value) in state.gpr.iter_mut().enumerate() {
             *value = cpu.regs.gpr(i);
         }
@@ -251,19 +289,16 @@ impl Subject {
         cpu.fpu.visible(&mut state.x87, &mut state.ymm);
     }
 
+    /// Records what has become of the window, and makes it as it was.
     pub(super) fn look_at_window(&mut self, outcome: &mut Outcome) -> Result<(), SubjectError> {
         let mut bytes = [0; WINDOW_SIZE];
         self.cpu.memory.read(WINDOW_AT, &mut bytes)?;
-        for (word, from) in self.window.iter_mut().zip(bytes.chunks_exact(8)) {
-            *word = from.iter().rev().fold(0, |v, &b| v << 8 | u64::from(b));
-        }
-        outcome.record(&self.window, &self.pattern);
+        outcome.record(&bytes, &self.pattern);
         if outcome.changes().len() < outcome.changed as usize {
             self.restore_window()?;
         }
         for &(at, _) in outcome.changes() {
-            let before = self.pattern[(at / 8) as usize];
-            self.cpu.memory.write(WINDOW_AT + at, &before.to_le_bytes())?;
+            self.cpu.memory.write(WINDOW_AT + at, &self.pattern[at as usize..][..8])?;
         }
         Ok(())
     }
