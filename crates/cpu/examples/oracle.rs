@@ -7,6 +7,7 @@ use std::time::Instant;
 use skep_cpu::oracle::Oracle;
 use skep_cpu::oracle::blocks::{Blocks, Level};
 use skep_cpu::oracle::generate::Generator;
+use skep_cpu::oracle::small::SmallBlocks;
 
 const HELP: &str = "oracle [--seed N] [--cases N] [--only NAME] [--keep-going N]
   --seed N        which cases (default 1)
@@ -15,7 +16,8 @@ const HELP: &str = "oracle [--seed N] [--cases N] [--only NAME] [--keep-going N]
   --keep-going N  stop after N differences (default 1)
   --engine NAME   interpreter (default) or jit
   --block N       runs of up to N instructions (2 to 8) through the JIT, compared with the interpreter, a share of the
-                  cases at each level of what the JIT may do";
+                  cases at each level of what the JIT may do
+  --bits 32       those runs are of 32-bit code";
 
 struct Options {
     seed: u64,
@@ -24,10 +26,12 @@ struct Options {
     keep_going: u64,
     jit: bool,
     block: usize,
+    small: bool,
 }
 
 fn options() -> Result<Options, String> {
-    let mut options = Options { seed: 1, cases: 1_000_000, only: None, keep_going: 1, jit: false, block: 0 };
+    let mut options =
+        Options { seed: 1, cases: 1_000_000, only: None, keep_going: 1, jit: false, block: 0, small: false };
     let mut arguments = std::env::args().skip(1);
     while let Some(name) = arguments.next() {
         let value = arguments.next().ok_or_else(|| format!("{name} wants a value"))?;
@@ -40,6 +44,7 @@ fn options() -> Result<Options, String> {
             "--engine" if value == "jit" => options.jit = true,
             "--engine" if value == "interpreter" => options.jit = false,
             "--block" => options.block = number()? as usize,
+            "--bits" => options.small = number()? == 32,
             _ => return Err(format!("{name} is not an option")),
         }
     }
@@ -92,7 +97,24 @@ fn run_blocks(options: &Options) -> Result<u64, skep_cpu::oracle::OracleError> {
     Ok(found)
 }
 
+/// The same of 32-bit code.
+fn run_small_blocks(options: &Options) -> Result<u64, skep_cpu::oracle::OracleError> {
+    for level in Level::ALL {
+        let share = options.cases.div_ceil(Level::ALL.len() as u64);
+        let mut blocks = SmallBlocks::new(options.seed, options.block.max(1), level)?;
+        if let Some(difference) = blocks.run_many(share)? {
+            println!("difference ({level:?}): {}", difference.text);
+            return Ok(1);
+        }
+        println!("{level:?}: {share} runs of up to {} instructions, 0 differences", options.block.max(1));
+    }
+    Ok(0)
+}
+
 fn run(options: &Options) -> Result<u64, skep_cpu::oracle::OracleError> {
+    if options.small {
+        return run_small_blocks(options);
+    }
     if options.block > 0 {
         return run_blocks(options);
     }

@@ -19,6 +19,8 @@ use crate::mmu::TlbLayout;
 pub(super) enum Place {
     /// The linear address is in R8; once it is checked, the host's is.
     Linear,
+    /// As above, for an operand that is probably in the page that the stack was last in.
+    Top,
     /// The linear address is the sum of a host register, which holds a guest's, and a displacement; once it is checked, what
     /// must be added to it is in R8.
     Based(u8, i32),
@@ -28,7 +30,7 @@ impl Place {
     /// The operand, once checked.
     pub(super) fn mem(self) -> Mem {
         match self {
-            Self::Linear => Mem::At(R8, 0),
+            Self::Linear | Self::Top => Mem::At(R8, 0),
             Self::Based(base, disp) => Mem::Sum(Some(R8), Some((base, 0)), disp),
         }
     }
@@ -103,7 +105,9 @@ pub(super) fn needs_handler(insn: &Instruction, info: &Info, key: Key) -> bool {
             unavailable || strange || memory.is_some() && (size == 0 || size > 64)
         }
         Class::Lea => odd || insn.op0_register().size() == 2,
-        Class::Push | Class::JumpIndirect | Class::CallIndirect => odd || memory.is_some() && size != 8,
+        Class::Push | Class::JumpIndirect | Class::CallIndirect => {
+            odd || memory.is_some() && size != key.word()
+        }
         Class::Pop => memory.is_some(),
         Class::Divide => odd,
         _ => false,
@@ -129,6 +133,10 @@ impl Translator<'_> {
             _ => return Some(()),
         };
         self.asm.load(R9, segment_base(segment));
+        if self.small() {
+            self.add_base_small(insn);
+            return Some(());
+        }
         self.asm.lea(R8, Mem::Sum(Some(R8), Some((R9, 0)), 0));
         Some(())
     }
@@ -165,6 +173,9 @@ impl Translator<'_> {
 
     /// Where the memory operand lies: in the sum of a register and a displacement, if that is all, else in R8.
     pub(super) fn place(&mut self, insn: &Instruction) -> Option<Place> {
+        if self.small() {
+            return self.place_small(insn);
+        }
         let plain = insn.memory_index() == Register::None
             && insn.memory_base().size() == 8
             && insn.memory_base() != Register::RIP
@@ -185,10 +196,11 @@ impl Translator<'_> {
         let a = &mut self.asm;
         let size = wanted.size() as i32;
         let (base, disp) = match place {
-            Place::Linear => (R8, 0),
+            Place::Linear | Place::Top => (R8, 0),
             Place::Based(base, disp) => (base, disp),
         };
-        let stack = base == R11 && wanted.size().is_power_of_two();
+        let stack = (base == R11 || matches!(place, Place::Top)) && wanted.size().is_power_of_two();
+        let add_delta = if matches!(place, Place::Based(..)) { 0x8b } else { 0x03 };
         let sum = |a: &mut Asm, wide: bool, to: u8, more: i32| {
             if disp + more == 0 {
                 a.regs(wide, &[0x89], base, to);
@@ -202,7 +214,7 @@ impl Translator<'_> {
             a.and_imm(true, R9, -4096 | (size - 1));
             a.mem(&[], true, &[0x3b], R9, STACK_PAGE);
             let from = a.jcc_forward(NOT_EQUAL);
-            a.load(R8, STACK_DELTA);
+            a.mem(&[], true, &[add_delta], R8, STACK_DELTA);
             let resume = a.code.len();
             self.open.push(self.stubs.len());
             self.stubs.push(Stub::Access { from, place, wanted, resume, done: None });
@@ -222,8 +234,7 @@ impl Translator<'_> {
         let tag = if wanted.is_write() { TlbLayout::WRITE } else { TlbLayout::READ };
         a.mem(&[], true, &[0x39], R9, Mem::At(R10, tag));
         let from = a.jcc_forward(NOT_EQUAL);
-        let opcode = if matches!(place, Place::Linear) { 0x03 } else { 0x8b };
-        a.mem(&[], true, &[opcode], R8, Mem::At(R10, TlbLayout::DELTA));
+        a.mem(&[], true, &[add_delta], R8, Mem::At(R10, TlbLayout::DELTA));
         let resume = a.code.len();
         self.open.push(self.stubs.len());
         self.stubs.push(Stub::Access { from, place, wanted, resume, done: None });
@@ -252,7 +263,7 @@ impl Translator<'_> {
         let (insn, info) = (&d.insn, &d.info);
         let memory = memory_operand(insn);
         let size = insn.memory_size().size();
-        let bytes = &self.request.page[d.at as usize..d.end() as usize];
+        let bytes = d.text.as_deref().unwrap_or(&self.request.page[d.at as usize..d.end() as usize]);
         let parts = encode::split(bytes, info)?;
         if info.vector {
             self.want_vectors(d.live_in);

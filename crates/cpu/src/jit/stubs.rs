@@ -26,7 +26,7 @@ impl Stub {
     /// Bytes of its code at most.
     pub(super) fn most(&self) -> usize {
         match self {
-            Self::Access { place: Place::Linear, .. } => 21,
+            Self::Access { place: Place::Linear | Place::Top, .. } => 21,
             Self::Access { .. } => 45,
             Self::Handler { .. } => 20,
             Self::Link { save_flags, .. } => 27 + if *save_flags { FLAGS_SAVED } else { 0 },
@@ -58,10 +58,10 @@ impl Translator<'_> {
                         a.lea(R8, Mem::At(base, disp));
                     }
                     a.mov_imm32(R9, wanted.0);
-                    let stack = matches!(place, Place::Based(R11, _));
+                    let stack = matches!(place, Place::Based(R11, _) | Place::Top);
                     a.call(if stack { glue.stack } else { glue.access });
                     match place {
-                        Place::Linear => a.jmp(code.origin + resume as u64),
+                        Place::Linear | Place::Top => a.jmp(code.origin + resume as u64),
                         Place::Based(base, disp) => {
                             // What completes the instruction comes back five bytes further.
                             let on = a.jmp_forward();
@@ -99,7 +99,7 @@ impl Translator<'_> {
                         a.save_flags(STATUS, R9);
                     }
                     a.load(R8, BASE);
-                    a.add_to_r8(target);
+                    a.add_target_to_r8(target, self.request.key.small());
                     if self.request.chain {
                         a.mov_imm32(R9, (self.request.first_link + self.links.len()) as u32);
                         a.jmp(glue.leave_to_link);

@@ -12,7 +12,8 @@ use super::flags::{liveness, loses_flags_first, poll_position};
 use super::flow::condition;
 use super::glue::{BASE, Glue, RIP, STATUS, TEMP, home};
 use super::help::Wanted;
-use super::operands::{Place, host, is_homed, needs_handler, number, operand_number};
+use super::operands::{Place, host, is_homed, number, operand_number};
+use super::small::{self, Text};
 use super::stubs::Stub;
 use super::table::{Class, Info, STATUS_FLAGS, Table};
 use super::{Key, PAGE};
@@ -32,6 +33,7 @@ pub(super) struct Decoded {
     pub(super) insn: Instruction,
     /// Offset in the page.
     pub(super) at: u16,
+    pub(super) text: Text,
     pub(super) info: Info,
     /// Status flags that may be read before they are written again: in front of it, and behind.
     pub(super) live_in: u16,
@@ -41,6 +43,13 @@ pub(super) struct Decoded {
 impl Decoded {
     pub(super) fn end(&self) -> u16 {
         self.at + self.insn.len() as u16
+    }
+
+    /// Where a direct transfer leads, from the beginning of the page.
+    pub(super) fn target(&self) -> i64 {
+        let target = self.insn.near_branch_target();
+        // What wraps at 32 bits is the same in front of the page as behind it.
+        if self.insn.op0_kind() == OpKind::NearBranch32 { i64::from(target as i32) } else { target as i64 }
     }
 
     /// Control goes elsewhere, always or at times.
@@ -57,7 +66,7 @@ impl Decoded {
     /// It may be part of a loop.
     pub(super) fn loops(&self) -> bool {
         match self.info.class {
-            Class::Jump | Class::Branch => self.insn.near_branch_target() as i64 <= i64::from(self.at),
+            Class::Jump | Class::Branch => self.target() <= i64::from(self.at),
             Class::Call => true,
             _ => false,
         }
@@ -83,20 +92,18 @@ pub(super) struct Source<'a> {
 pub(super) fn decode(source: &Source<'_>, at: u16, table: &mut Table) -> Vec<Decoded> {
     let Source { page, len, key, most, cpuid, .. } = *source;
     let bytes = &page[at as usize..len];
-    let mut decoder = Decoder::with_ip(64, bytes, u64::from(at), DecoderOptions::NONE);
+    let mut decoder = Decoder::with_ip(key.bits(), bytes, u64::from(at), DecoderOptions::NONE);
     let mut all: Vec<Decoded> = Vec::with_capacity(16);
     while all.len() < most.min(MAX_INSTRUCTIONS) && decoder.can_decode() {
         let at = decoder.ip() as u16;
-        let insn = decoder.decode();
+        let mut insn = decoder.decode();
         if insn.is_invalid() {
             // Too few bytes are left, or it raises #UD: the interpreter knows.
             break;
         }
-        let mut info = *table.get(&insn, cpuid);
-        if needs_handler(&insn, &info, key) {
-            info.class = Class::Handler;
-        }
-        all.push(Decoded { insn, at, info, live_in: 0, live_out: 0 });
+        let its = &page[at as usize..at as usize + insn.len()];
+        let (info, text) = small::look_up(&mut insn, its, key, table, cpuid);
+        all.push(Decoded { insn, at, text, info, live_in: 0, live_out: 0 });
         let Some(last) = all.last() else { break };
         if last.transfers() {
             let end = last.end();
@@ -262,13 +269,13 @@ impl Translator<'_> {
             }
             Class::Divide => self.divide(d, op),
             Class::Jump => {
-                self.edge(None, d.insn.near_branch_target() as i64, d.live_out);
+                self.edge(None, d.target(), d.live_out);
                 Some(())
             }
             Class::Branch => {
                 self.want_flags(R9);
                 let cc = d.insn.condition_code() as u8;
-                self.edge(Some(condition(cc)), d.insn.near_branch_target() as i64, d.live_out);
+                self.edge(Some(condition(cc)), d.target(), d.live_out);
                 Some(())
             }
             Class::Call => {
@@ -296,6 +303,9 @@ impl Translator<'_> {
 
     /// Writes `value` below the top of the stack and moves the stack pointer. R8 to R10 are lost.
     pub(super) fn push_register(&mut self, d: &Decoded, value: Pushed) {
+        if self.small() {
+            return self.push_small(d, value);
+        }
         self.lose_flags(d.live_in, R9);
         let top = Place::Based(R11, -8);
         self.check(top, Wanted::new(d.at, d.insn.len() as u8, 8, true).on_stack(true));
@@ -333,15 +343,15 @@ impl Translator<'_> {
             OpKind::Memory => {
                 self.lose_flags(d.live_in, R9);
                 let place = self.place(insn)?;
-                let wanted = self.wanted(d, 8, false);
+                let word = self.request.key.word();
+                let wanted = self.wanted(d, word, false);
                 self.check(place, wanted);
-                self.asm.load(R8, place.mem());
+                self.asm.mem(&[], word == 8, &[0x8b], R8, place.mem());
                 self.asm.store(TEMP, R8);
                 self.push_register(d, Pushed::Temp);
             }
             _ => {
-                let value = i32::try_from(insn.immediate(0) as i64).ok()?;
-                self.push_register(d, Pushed::Immediate(value));
+                self.push_register(d, Pushed::Immediate(insn.immediate(0) as i32));
             }
         }
         Some(())
@@ -349,6 +359,10 @@ impl Translator<'_> {
 
     pub(super) fn pop(&mut self, d: &Decoded) -> Option<()> {
         let n = operand_number(&d.insn, 0)?;
+        if self.small() {
+            self.pop_small(d, n);
+            return Some(());
+        }
         self.lose_flags(d.live_in, R9);
         let top = Place::Based(R11, 0);
         self.check(top, Wanted::new(d.at, d.insn.len() as u8, 8, false).on_stack(true));
@@ -365,6 +379,9 @@ impl Translator<'_> {
     }
 
     pub(super) fn leave(&mut self, d: &Decoded) {
+        if self.small() {
+            return self.leave_small(d);
+        }
         self.lose_flags(d.live_in, R9);
         let frame = Place::Based(RBP, 0);
         self.check(frame, Wanted::new(d.at, d.insn.len() as u8, 8, false).on_stack(true));

@@ -11,6 +11,7 @@ mod encodings;
 pub mod generate;
 pub mod hardware;
 pub mod random;
+pub mod small;
 pub mod subject;
 mod values;
 
