@@ -2,7 +2,7 @@
 import { execFile } from 'node:child_process'
 import { promisify } from 'node:util'
 import { describe, expect, test } from 'vitest'
-import { debianWith, hostNode, testProgram } from '../helpers/guests.js'
+import { debianWith, freestandingProgram, hostNode, testProgram } from '../helpers/guests.js'
 import { Shell } from '../helpers/shell.js'
 
 const run = promisify(execFile)
@@ -102,6 +102,17 @@ describe.skipIf(inL1)('the same as on the host:', () => {
     await using shell = await Shell.boot({ cpus: 2 }, { guest })
     const { output, status } = await shell.run('/steps 2>&1', TIMEOUT)
     const { stdout } = await run(program, [])
+    expect(lines(output)).toEqual(lines(stdout))
+    expect(status).toBe(0)
+  })
+
+  test('a program of 32 bits, compiled for 64', { timeout: TIMEOUT }, async () => {
+    const guest = await debianWith('small', {
+      entries: [{ path: '/small', type: 'file', source: await freestandingProgram('small', 32), mode: 0o755 }],
+    })
+    await using shell = await Shell.boot({}, { guest })
+    const { output, status } = await shell.run('/small', TIMEOUT)
+    const { stdout } = await run(await freestandingProgram('small', 64), [])
     expect(lines(output)).toEqual(lines(stdout))
     expect(status).toBe(0)
   })

@@ -53,7 +53,7 @@ ld -z noexecstack -T rom.ld -o "$objects/rom.elf" "$objects/real-mode.o"
 objcopy -O binary -j .text -j .reset --gap-fill 0xff --pad-to 0x100000 "$objects/rom.elf" "$out/real-mode.rom"
 
 # The others by multiboot.
-for guest in code-changes debugging page-tables precise-faults devices emulation exceptions halt interrupts ipi-storm lines power-off processors reset-cf9 \
+for guest in code-changes code32 debugging page-tables precise-faults devices emulation exceptions halt interrupts ipi-storm lines power-off processors reset-cf9 \
     reset-keyboard self-modifying storms triple-fault; do
     assemble "$guest.s" "$guest" "$@"
     link image.ld entry-multiboot "$guest" "$objects/$guest.elf"

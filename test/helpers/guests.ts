@@ -202,12 +202,22 @@ function isNeeded(path: string): boolean {
 }
 
 /** A program of `test/programs`, compiled to need no library. */
-export async function testProgram(name: string): Promise<string> {
+export function testProgram(name: string): Promise<string> {
+  return compile(name, name, ['-lm'])
+}
+
+/** A program of `test/programs` that needs no library to be compiled either, for processors of so many bits. */
+export function freestandingProgram(name: string, bits: 32 | 64): Promise<string> {
+  const options = [`-m${bits}`, '-ffreestanding', '-nostdlib', '-fno-pic', '-no-pie', '-fno-stack-protector']
+  return compile(name, `${name}-${bits}`, options)
+}
+
+async function compile(name: string, as: string, options: readonly string[]): Promise<string> {
   const source = fileURLToPath(new URL(`../programs/${name}.c`, import.meta.url))
   const folder = fileURLToPath(new URL('../../node_modules/.cache/skep/programs', import.meta.url))
   await mkdir(folder, { recursive: true })
-  const program = join(folder, name)
-  await run('cc', ['-O2', '-static', '-o', program, source, '-lm'])
+  const program = join(folder, as)
+  await run('cc', ['-O2', '-static', '-o', program, source, ...options])
   return program
 }
 

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use skep_cpu::oracle::blocks::{Blocks, Counts, Level};
 use skep_cpu::oracle::generate::Generator;
 use skep_cpu::oracle::random::Random;
+use skep_cpu::oracle::small::SmallBlocks;
 use skep_cpu::oracle::{Oracle, OracleError};
 
 const HELP: &str = "oracle [--seed N] [--cases N] [--only NAME] [--keep-going N] [--jobs N] [--engine NAME] [--block N]
@@ -20,7 +21,8 @@ const HELP: &str = "oracle [--seed N] [--cases N] [--only NAME] [--keep-going N]
   --jobs N        share the cases among N threads (default 1), each with a seed of its own that follows from the given one
   --engine NAME   interpreter (default) or jit
   --block N       runs of up to N instructions (2 to 8) through the JIT, compared with the interpreter from many states
-                  each, a share of the cases at each level of what the JIT may do";
+                  each, a share of the cases at each level of what the JIT may do
+  --bits 32       those runs are of 32-bit code";
 
 /// Cases between two looks at what the others do.
 const SLICE: u64 = 8192;
@@ -33,11 +35,20 @@ struct Options {
     jobs: u64,
     jit: bool,
     block: usize,
+    small: bool,
 }
 
 fn options() -> Result<Options, String> {
-    let mut options =
-        Options { seed: 1, cases: 1_000_000, only: None, keep_going: 1, jobs: 1, jit: false, block: 0 };
+    let mut options = Options {
+        seed: 1,
+        cases: 1_000_000,
+        only: None,
+        keep_going: 1,
+        jobs: 1,
+        jit: false,
+        block: 0,
+        small: false,
+    };
     let mut arguments = std::env::args().skip(1);
     while let Some(name) = arguments.next() {
         if name == "--help" {
@@ -54,6 +65,7 @@ fn options() -> Result<Options, String> {
             "--engine" if value == "jit" => options.jit = true,
             "--engine" if value == "interpreter" => options.jit = false,
             "--block" => options.block = number()? as usize,
+            "--bits" => options.small = number()? == 32,
             _ => return Err(format!("{name} is not an option")),
         }
     }
@@ -197,6 +209,9 @@ fn blocks(together: &Together, job: Job) -> Result<Counts, OracleError> {
 /// Compares everything; how many differences there were.
 fn run(options: &Options) -> Result<u64, OracleError> {
     let codes = Generator::new(options.seed, options.only.as_deref()).codes();
+    if options.small {
+        return run_small_blocks(options);
+    }
     eprintln!("seed {}, {} cases from {codes} instruction codes", options.seed, options.cases);
     let together = Together::new(options);
     let work = |n: u64| {
@@ -217,6 +232,20 @@ fn run(options: &Options) -> Result<u64, OracleError> {
     let found = together.found.load(Ordering::Relaxed);
     summary(options, counts, found, together.rate());
     Ok(found)
+}
+
+/// The same of 32-bit code.
+fn run_small_blocks(options: &Options) -> Result<u64, OracleError> {
+    for level in Level::ALL {
+        let share = options.cases.div_ceil(Level::ALL.len() as u64);
+        let mut blocks = SmallBlocks::new(options.seed, options.block.max(1), level)?;
+        if let Some(difference) = blocks.run_many(share)? {
+            println!("difference ({level:?}): {}", difference.text);
+            return Ok(1);
+        }
+        println!("{level:?}: {share} runs of up to {} instructions, 0 differences", options.block.max(1));
+    }
+    Ok(0)
 }
 
 fn summary(options: &Options, counts: Counts, found: u64, rate: f64) {

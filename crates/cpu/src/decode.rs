@@ -185,15 +185,15 @@ impl Cpu {
         }
     }
 
-    /// The operation of a 64-bit instruction that was decoded with its offset in the page as address, for a run that begins
-    /// with the page.
+    /// The operation of an instruction of the running code that was decoded with its offset in the page as address, for a run
+    /// that begins with the page.
     pub(crate) fn operation(&mut self, insn: &Instruction, bytes: &[u8], at: usize) -> Op {
-        self.lower(insn, bytes, CodeSize::Bits64, at).op
+        self.lower(insn, bytes, self.mode.code, at).op
     }
 
-    /// Who executes a 64-bit instruction.
+    /// Who executes an instruction of the running code.
     pub(crate) fn room(&mut self, insn: &Instruction, bytes: &[u8]) -> Room {
-        self.lower(insn, bytes, CodeSize::Bits64, 0).by
+        self.lower(insn, bytes, self.mode.code, 0).by
     }
 
     /// The bytes from `linear` to the end of its page, 15 at most, and how many there are.

@@ -343,7 +343,7 @@ impl Cpu {
     }
 
     #[inline(always)]
-    fn advance(&self, rip: u64, bytes: u16) -> u64 {
+    pub(crate) fn advance(&self, rip: u64, bytes: u16) -> u64 {
         let next = rip.wrapping_add(u64::from(bytes));
         match self.mode.code {
             CodeSize::Bits64 => next,

@@ -23,6 +23,8 @@ pub(super) enum Place {
     None,
     /// The linear address is in R8; once it is checked, the host's is.
     Linear,
+    /// As above, for an operand that is probably in the page that the stack was last in.
+    Top,
     /// Once it is checked, what must be added to the address is in R8, and the address in R10 if it is not
     /// [simple](Address::simple).
     Sum(Address),
@@ -34,7 +36,7 @@ impl Place {
     /// The operand, once checked.
     pub(super) fn mem(self) -> Mem {
         match self {
-            Self::None | Self::Linear => Mem::At(R8, 0),
+            Self::None | Self::Linear | Self::Top => Mem::At(R8, 0),
             Self::Sum(address) => match address.simple() {
                 Some((base, disp)) => Mem::Sum(Some(R8), Some((base, 0)), disp),
                 None => Mem::Sum(Some(R8), Some((R10, 0)), 0),
@@ -46,7 +48,7 @@ impl Place {
     /// Bytes of code that computes it, and moves what was found, at most.
     pub(super) fn most(self) -> usize {
         match self {
-            Self::None | Self::Linear => 0,
+            Self::None | Self::Linear | Self::Top => 0,
             Self::Sum(address) => address.most(),
             Self::Stack(_) => 7 + 8,
         }
@@ -56,7 +58,7 @@ impl Place {
     pub(super) fn scratch(self) -> &'static [u8] {
         match self {
             Self::None => &[R8, R9, R10],
-            Self::Linear => &[R9, R10],
+            Self::Linear | Self::Top => &[R9, R10],
             Self::Sum(address) if address.simple().is_some() => &[R9, R10],
             Self::Sum(_) => &[R9],
             Self::Stack(_) => &[R8, R9],
@@ -228,6 +230,10 @@ fn replaces(insn: &Instruction, written: u8, names: [Register; 3]) -> bool {
 impl Translator<'_> {
     /// Where the memory operand lies. For [`Place::Linear`] its address is in R8 then, R9 and R10 are lost.
     pub(super) fn place(&mut self, insn: &Instruction) -> Option<Place> {
+        if self.small() {
+            self.window = None;
+            return self.place_small(insn);
+        }
         let homed = |i: u32| operand_number(insn, i).is_some_and(is_homed);
         // Where many registers have to be loaded there is no room for the window.
         let crowded = (0..insn.op_count()).filter(|&i| homed(i)).count() > 1;
@@ -252,6 +258,8 @@ impl Translator<'_> {
         match place {
             Place::None => {}
             Place::Linear => self.check_linear(wanted),
+            Place::Top if wanted.size().is_power_of_two() => self.check_top(wanted),
+            Place::Top => self.check_linear(wanted),
             Place::Stack(disp) if wanted.size().is_power_of_two() => self.check_stack(place, disp, wanted),
             Place::Stack(disp) => {
                 // The same in another way: R10 takes what is to be added.
@@ -268,7 +276,7 @@ impl Translator<'_> {
         }
     }
 
-    fn miss(&mut self, from: super::asm::Forward, place: Place, wanted: Wanted, find: Find) {
+    pub(super) fn miss(&mut self, from: super::asm::Forward, place: Place, wanted: Wanted, find: Find) {
         let resume = self.asm.label();
         self.open.push(self.stubs.len());
         self.stubs.push(Stub::Access { from, place, wanted, find, resume, done: None });
@@ -291,6 +299,17 @@ impl Translator<'_> {
         let from = a.jcc_forward(NOT_EQUAL);
         a.load(R10, Mem::At(R10, TlbLayout::DELTA));
         self.miss(from, Place::Linear, wanted, Find::Access);
+        self.asm.lea(R8, Mem::Sum(Some(R8), Some((R10, 0)), 0));
+    }
+
+    fn check_top(&mut self, wanted: Wanted) {
+        let a = &mut self.asm;
+        a.mov(R9, R8);
+        a.and_imm(true, R9, -4096 | (wanted.size() as i32 - 1));
+        a.mem(&[], true, &[0x3b], R9, STACK_PAGE);
+        let from = a.jcc_forward(NOT_EQUAL);
+        a.load(R10, STACK_DELTA);
+        self.miss(from, Place::Top, wanted, Find::Stack);
         self.asm.lea(R8, Mem::Sum(Some(R8), Some((R10, 0)), 0));
     }
 

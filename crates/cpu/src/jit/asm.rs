@@ -212,6 +212,15 @@ impl Asm {
         }
     }
 
+    /// Adds the offset of a jump's target to R8, in `small` code at 32 bits. R9 may be lost; flags stay.
+    pub(super) fn add_target_to_r8(&mut self, target: i64, small: bool) {
+        if small {
+            self.lea32(R8, Mem::At(R8, target as i32));
+        } else {
+            self.add_to_r8(target);
+        }
+    }
+
     /// AND, sign-extended immediate.
     pub(super) fn and_imm(&mut self, wide: bool, reg: u8, value: i32) {
         let rex = 0x40 | u8::from(wide) << 3 | reg >> 3;

@@ -4,7 +4,8 @@ use iced_x86::{Decoder, DecoderOptions, Instruction, Mnemonic, OpKind};
 
 use super::PAGE;
 use super::glue::STATUS;
-use super::operands::{memory_operand, needs_handler};
+use super::operands::memory_operand;
+use super::small;
 use super::table::{Class, Info, STATUS_FLAGS, Table};
 use super::translate::{Decoded, Request, Translator};
 
@@ -17,8 +18,8 @@ pub(super) fn liveness(insns: &mut [Decoded], request: &Request<'_>, table: &mut
     let mut live = if last.goes_on() { foresee(request, table, i64::from(last.end())) } else { 0 };
     for d in insns.iter_mut().rev() {
         match d.info.class {
-            Class::Jump | Class::Call => live = foresee(request, table, d.insn.near_branch_target() as i64),
-            Class::Branch => live |= foresee(request, table, d.insn.near_branch_target() as i64),
+            Class::Jump | Class::Call => live = foresee(request, table, d.target()),
+            Class::Branch => live |= foresee(request, table, d.target()),
             Class::Return | Class::JumpIndirect | Class::CallIndirect => live = STATUS_FLAGS,
             _ => {}
         }
@@ -96,20 +97,19 @@ pub(super) fn foresee(request: &Request<'_>, table: &mut Table, at: i64) -> u16 
         return entry.live;
     }
     let page = &request.page[at as usize..PAGE as usize];
-    let mut decoder = Decoder::with_ip(64, page, at as u64, DecoderOptions::NONE);
+    let mut decoder = Decoder::with_ip(request.key.bits(), page, at as u64, DecoderOptions::NONE);
     let (mut unwritten, mut needed) = (STATUS_FLAGS, 0);
     for _ in 0..FORESIGHT {
         if !decoder.can_decode() {
             break;
         }
-        let insn = decoder.decode();
+        let start = decoder.position();
+        let mut insn = decoder.decode();
         if insn.is_invalid() {
             break;
         }
-        let mut info = *table.get(&insn, request.cpuid);
-        if needs_handler(&insn, &info, request.key) {
-            info.class = Class::Handler;
-        }
+        let its = &page[start..decoder.position()];
+        let (info, _) = small::look_up(&mut insn, its, request.key, table, request.cpuid);
         needed |= live_before(&insn, &info, 0) & unwritten;
         unwritten &= live_before(&insn, &info, STATUS_FLAGS);
         let branch = matches!(info.class, Class::Branch);

@@ -108,7 +108,7 @@ impl Translator<'_> {
     }
 
     pub(super) fn call(&mut self, d: &Decoded) {
-        let target = d.insn.near_branch_target() as i64;
+        let target = d.target();
         self.store_flags(d.live_in, R9);
         self.push_register(d, Pushed::Return(d.end()));
         self.foresee_return();
@@ -124,7 +124,7 @@ impl Translator<'_> {
             }
         } else {
             self.asm.load(R8, BASE);
-            self.asm.add_to_r8(target);
+            self.asm.add_target_to_r8(target, self.request.key.small());
             if self.request.chain {
                 self.asm.mov_imm32(R9, (self.request.first_link + self.links.len()) as u32);
                 self.asm.call(self.request.glue.leave_to_link);
@@ -144,6 +144,9 @@ impl Translator<'_> {
     }
 
     pub(super) fn ret(&mut self, d: &Decoded) {
+        if self.small() {
+            return self.ret_small(d);
+        }
         self.lose_flags(d.live_in, R9);
         let more = if d.insn.op_count() == 1 { d.insn.immediate16() } else { 0 };
         let wanted = Wanted::new(d.at, d.insn.len() as u8, 8, false).on_stack(true);
@@ -154,7 +157,9 @@ impl Translator<'_> {
     pub(super) fn indirect(&mut self, d: &Decoded, call: bool) -> Option<()> {
         let insn = &d.insn;
         self.lose_flags(d.live_in, R9);
-        if insn.op0_kind() == OpKind::Memory {
+        if self.small() {
+            self.indirect_target_small(d)?;
+        } else if insn.op0_kind() == OpKind::Memory {
             let place = self.place(insn)?;
             let wanted = self.wanted(d, 8, false);
             self.check(place, wanted, false);

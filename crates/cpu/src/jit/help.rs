@@ -49,8 +49,8 @@ impl Wanted {
         u64::from(self.0 & 0xfff)
     }
 
-    fn len(self) -> u64 {
-        u64::from(self.0 >> 12 & 0xf)
+    fn len(self) -> u16 {
+        (self.0 >> 12 & 0xf) as u16
     }
 
     fn segment(self) -> u8 {
@@ -77,7 +77,8 @@ pub(super) unsafe extern "sysv64" fn access(cpu: *mut Cpu, linear: u64, wanted: 
         }
     }
     let step = cpu.step();
-    cpu.stepped(step, start.wrapping_add(wanted.len()))
+    let next = cpu.advance(start, wanted.len());
+    cpu.stepped(step, next)
 }
 
 /// Runs an operation's handler.
@@ -88,7 +89,7 @@ pub(super) unsafe extern "sysv64" fn handler(cpu: *mut Cpu, op: u64, _: u32) -> 
     // SAFETY: as above; operations live as long as the code that names them.
     let (cpu, op) = unsafe { (&mut *cpu, &*(op as *const Op)) };
     let base = cpu.hot.base;
-    let next = base.wrapping_add(u64::from(op.end));
+    let next = cpu.advance(base, op.end);
     cpu.blocks.set_running(std::ptr::null());
     cpu.regs.set64(BLOCK_RIP, base);
     cpu.rip = next;
@@ -96,7 +97,7 @@ pub(super) unsafe extern "sysv64" fn handler(cpu: *mut Cpu, op: u64, _: u32) -> 
     match (op.run)(cpu, op) {
         Ok(()) => cpu.go_on(next),
         Err(Abort) => {
-            cpu.rip = next.wrapping_sub(u64::from(op.len));
+            cpu.rip = cpu.advance(base, op.end - u16::from(op.len));
             cpu.raised_in_code(Some(op.seg))
         }
     }

@@ -1,9 +1,10 @@
-//! The translator: runs of 64-bit guest instructions become code for the host, which is of the same kind, so that most of them
+//! The translator: runs of guest instructions become code for the host, which is of the same kind, so that most of them
 //! stay what they are but for their operands.
 //!
 //! * [`translate`] makes code of decoded instructions, by what [`table`] knows of them: their [`operands`], their [`flags`], the
 //!   [`flow`] of control, repeated [`strings`], and the [`stubs`] out of its way; [`encode`] puts other operands into an instruction, [`asm`] writes
 //!   our own;
+//! * [`small`] is what differs for 32-bit code;
 //! * [`glue`] is the code between translated code and Rust, [`help`] the Rust that it calls;
 //! * [`memory`] is where the code lies;
 //! * [`lockstep`] compares all of this with the interpreter.
@@ -27,6 +28,7 @@ mod help;
 mod lockstep;
 mod memory;
 mod operands;
+mod small;
 mod stack;
 mod strings;
 mod stubs;
@@ -72,7 +74,12 @@ impl Key {
     const SSE: u8 = 2;
     const AVX: u8 = 4;
     const MASKED: u8 = 8;
-    const BITS: u32 = 4;
+    /// 32-bit code.
+    const SMALL: u8 = 16;
+    /// It may use FS and GS without any check.
+    const FS: u8 = 32;
+    const GS: u8 = 64;
+    const BITS: u32 = 7;
 
     fn sse(self) -> bool {
         self.0 & Self::SSE != 0
@@ -84,6 +91,28 @@ impl Key {
 
     fn masked(self) -> bool {
         self.0 & Self::MASKED != 0
+    }
+
+    fn small(self) -> bool {
+        self.0 & Self::SMALL != 0
+    }
+
+    fn fs(self) -> bool {
+        self.0 & Self::FS != 0
+    }
+
+    fn gs(self) -> bool {
+        self.0 & Self::GS != 0
+    }
+
+    /// As decoders name it.
+    fn bits(self) -> u32 {
+        if self.small() { 32 } else { 64 }
+    }
+
+    /// Bytes of an address on the stack.
+    fn word(self) -> usize {
+        if self.small() { 4 } else { 8 }
     }
 }
 
@@ -388,7 +417,11 @@ impl Cpu {
     /// Whether what runs now can be translated.
     #[inline(always)]
     pub(crate) fn translates(&self) -> bool {
-        self.mode.code == CodeSize::Bits64 && self.jit.is_some()
+        match self.mode.code {
+            CodeSize::Bits64 => self.jit.is_some(),
+            CodeSize::Bits32 => self.jit.is_some() && self.is_flat(),
+            CodeSize::Bits16 => false,
+        }
     }
 
     /// Whether another thread wants something.
@@ -404,6 +437,9 @@ impl Cpu {
         let mut bits = if self.mode.cpl == 3 { Key::USER } else { 0 };
         for (is, bit) in [(sse, Key::SSE), (avx, Key::AVX), (masked, Key::MASKED)] {
             bits |= if is { bit } else { 0 };
+        }
+        if self.mode.code != CodeSize::Bits64 {
+            bits |= Key::SMALL | self.usable_segments();
         }
         Key(bits)
     }
@@ -538,6 +574,9 @@ impl Cpu {
             let mut insns = translate::decode(&source, at, &mut jit.table);
             let mut second = None;
             if insns.is_empty() && u64::from(at) + 15 > PAGE {
+                if key.small() && linear | (PAGE - 1) == u64::from(u32::MAX) {
+                    return Ok(None);
+                }
                 let page = self.code_page((linear | (PAGE - 1)).wrapping_add(1))?;
                 if let Some(&code) = jit.straddling.get(&id).and_then(|known| known.get(&page.gpa)) {
                     return Ok(Some(code));
@@ -663,6 +702,9 @@ impl Cpu {
     /// Runs the block at RIP, alone, leaving what it raises in [`Cpu::raised`]: for comparisons. False if it cannot be
     /// translated, or cannot be fetched (see there).
     pub(crate) fn run_one_block(&mut self) -> bool {
+        if !self.translates() {
+            return false;
+        }
         self.notice_changed_code();
         self.raised = crate::fault::Raised::None;
         self.hot.keep_raised = true;

@@ -84,7 +84,9 @@ pub(super) fn needs_handler(insn: &Instruction, info: &Info, key: Key) -> bool {
             unavailable || strange || memory.is_some() && (size == 0 || size > 64)
         }
         Class::Lea => odd || insn.op0_register().size() == 2,
-        Class::Push | Class::JumpIndirect | Class::CallIndirect => odd || memory.is_some() && size != 8,
+        Class::Push | Class::JumpIndirect | Class::CallIndirect => {
+            odd || memory.is_some() && size != key.word()
+        }
         Class::Pop => memory.is_some(),
         Class::Divide => odd,
         Class::Repeated => !strings::is_repeated(insn),
@@ -111,6 +113,10 @@ impl Translator<'_> {
             _ => return Some(()),
         };
         self.asm.load(R9, segment_base(segment));
+        if self.small() {
+            self.add_base_small(insn);
+            return Some(());
+        }
         self.asm.lea(R8, Mem::Sum(Some(R8), Some((R9, 0)), 0));
         Some(())
     }
@@ -171,7 +177,7 @@ impl Translator<'_> {
         let (insn, info) = (&d.insn, &d.info);
         let memory = memory_operand(insn);
         let size = insn.memory_size().size();
-        let bytes = &self.request.page[d.at as usize..d.end() as usize];
+        let bytes = d.text.as_deref().unwrap_or(&self.request.page[d.at as usize..d.end() as usize]);
         let parts = encode::split(bytes, info)?;
         if info.vector {
             self.want_vectors(d.live_in);

@@ -133,6 +133,9 @@ impl Translator<'_> {
 
     /// Writes `value` below the top of the stack and moves the stack pointer. R8 to R10 are lost.
     pub(super) fn push_register(&mut self, d: &Decoded, value: Pushed) {
+        if self.small() {
+            return self.push_small(d, value);
+        }
         self.lose_flags(d.live_in, R9);
         let wanted = Wanted::new(d.at, d.insn.len() as u8, 8, true).on_stack(true);
         self.check(Place::Stack(-8), wanted, false);
@@ -175,22 +178,24 @@ impl Translator<'_> {
             OpKind::Memory => {
                 self.lose_flags(d.live_in, R9);
                 let place = self.place(insn)?;
-                let wanted = self.wanted(d, 8, false);
+                let word = self.request.key.word();
+                let wanted = self.wanted(d, word, false);
                 self.check(place, wanted, false);
-                self.asm.load(R8, place.mem());
+                self.asm.mem(&[], word == 8, &[0x8b], R8, place.mem());
                 self.asm.store(TEMP, R8);
                 self.push_register(d, Pushed::Temp);
             }
-            _ => {
-                let value = i32::try_from(insn.immediate(0) as i64).ok()?;
-                self.push_register(d, Pushed::Immediate(value));
-            }
+            _ => self.push_register(d, Pushed::Immediate(insn.immediate(0) as i32)),
         }
         Some(())
     }
 
     pub(super) fn pop(&mut self, d: &Decoded) -> Option<()> {
         let n = operand_number(&d.insn, 0)?;
+        if self.small() {
+            self.pop_small(d, n);
+            return Some(());
+        }
         self.lose_flags(d.live_in, R9);
         let wanted = Wanted::new(d.at, d.insn.len() as u8, 8, false).on_stack(true);
         self.check(Place::Stack(0), wanted, false);
@@ -212,6 +217,9 @@ impl Translator<'_> {
     }
 
     pub(super) fn leave(&mut self, d: &Decoded) {
+        if self.small() {
+            return self.leave_small(d);
+        }
         self.lose_flags(d.live_in, R9);
         let frame = Place::Sum(Address::frame());
         let wanted = Wanted::new(d.at, d.insn.len() as u8, 8, false).on_stack(true);

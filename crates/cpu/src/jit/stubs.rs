@@ -55,7 +55,7 @@ fn help_with_access(a: &mut Asm, place: Place, wanted: Wanted, routine: u64, (re
     match place {
         Place::Sum(address) => address.put(a, true, R8, 0),
         Place::Stack(disp) => a.lea(R8, Mem::At(R11, disp)),
-        Place::None | Place::Linear => {}
+        Place::None | Place::Linear | Place::Top => {}
     }
     a.mov_imm32(R9, wanted.0);
     a.call(routine);
@@ -119,7 +119,7 @@ impl Translator<'_> {
                         a.save_flags(STATUS, R9);
                     }
                     a.load(R8, BASE);
-                    a.add_to_r8(target);
+                    a.add_target_to_r8(target, self.request.key.small());
                     if self.request.chain {
                         a.mov_imm32(R9, (self.request.first_link + self.links.len()) as u32);
                         a.jmp(glue.leave_to_link);

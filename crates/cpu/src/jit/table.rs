@@ -166,11 +166,8 @@ fn flags(bits: u32) -> u16 {
 /// What has a form of its own.
 fn class(insn: &Instruction) -> Class {
     use Mnemonic as M;
-    let wide = |i: u32| match insn.op_kind(i) {
-        OpKind::Register => insn.op_register(i).size() == 8,
-        OpKind::Memory => insn.memory_size().size() == 8,
-        _ => false,
-    };
+    // Each of these exists either in 64-bit or in 32-bit code.
+    let near = matches!(insn.op0_kind(), OpKind::NearBranch64 | OpKind::NearBranch32);
     match insn.mnemonic() {
         M::Lea => Class::Lea,
         M::Nop | M::Endbr64 | M::Endbr32 | M::Rdsspd | M::Rdsspq => Class::Nothing,
@@ -179,36 +176,39 @@ fn class(insn: &Instruction) -> Class {
         }
         M::Push => match insn.code() {
             Code::Push_r64 | Code::Push_rm64 | Code::Pushq_imm8 | Code::Pushq_imm32 => Class::Push,
+            Code::Push_r32 | Code::Push_rm32 | Code::Pushd_imm8 | Code::Pushd_imm32 => Class::Push,
             _ => Class::Handler,
         },
-        M::Pop if matches!(insn.code(), Code::Pop_r64 | Code::Pop_rm64) => Class::Pop,
-        M::Leave if insn.code() == Code::Leaveq => Class::Leave,
+        M::Pop if matches!(insn.code(), Code::Pop_r64 | Code::Pop_rm64 | Code::Pop_r32 | Code::Pop_rm32) => {
+            Class::Pop
+        }
+        M::Leave if matches!(insn.code(), Code::Leaveq | Code::Leaved) => Class::Leave,
         M::Div | M::Idiv
             if matches!(insn.code(), Code::Div_rm32 | Code::Div_rm64 | Code::Idiv_rm32 | Code::Idiv_rm64) =>
         {
             Class::Divide
         }
-        M::Jmp => match insn.op0_kind() {
-            OpKind::NearBranch64 => Class::Jump,
-            OpKind::Register | OpKind::Memory if insn.code() == Code::Jmp_rm64 && wide(0) => {
-                Class::JumpIndirect
-            }
+        M::Jmp => match insn.code() {
+            _ if near => Class::Jump,
+            Code::Jmp_rm64 | Code::Jmp_rm32 => Class::JumpIndirect,
             _ => Class::Handler,
         },
-        M::Call => match insn.op0_kind() {
-            OpKind::NearBranch64 => Class::Call,
-            OpKind::Register | OpKind::Memory if insn.code() == Code::Call_rm64 && wide(0) => {
-                Class::CallIndirect
-            }
+        M::Call => match insn.code() {
+            _ if near => Class::Call,
+            Code::Call_rm64 | Code::Call_rm32 => Class::CallIndirect,
             _ => Class::Handler,
         },
-        M::Ret if matches!(insn.code(), Code::Retnq | Code::Retnq_imm16) => Class::Return,
+        M::Ret
+            if matches!(insn.code(), Code::Retnq | Code::Retnq_imm16 | Code::Retnd | Code::Retnd_imm16) =>
+        {
+            Class::Return
+        }
         M::Movsb | M::Movsw | M::Movsd | M::Movsq | M::Stosb | M::Stosw | M::Stosd | M::Stosq
             if insn.is_string_instruction() =>
         {
             Class::Repeated
         }
-        _ if insn.code().is_jcc_short_or_near() && insn.op0_kind() == OpKind::NearBranch64 => Class::Branch,
+        _ if insn.code().is_jcc_short_or_near() && near => Class::Branch,
         _ => Class::Handler,
     }
 }

@@ -12,7 +12,8 @@ use super::asm::{Asm, BELOW, Mem, NOT_EQUAL, R8, R9, R10, RAX, RDX};
 use super::flags::{liveness, loses_flags_first, poll_position};
 use super::flow::condition;
 use super::glue::{Glue, RIP, STATUS, home};
-use super::operands::{host, is_homed, memory_operand, needs_handler, number};
+use super::operands::{host, is_homed, memory_operand, number};
+use super::small::{self, Text};
 use super::stack::{Later, Run};
 use super::stubs::Stub;
 use super::table::{Class, Info, STATUS_FLAGS, Table};
@@ -33,6 +34,7 @@ pub(super) struct Decoded {
     pub(super) insn: Instruction,
     /// Offset in the page.
     pub(super) at: u16,
+    pub(super) text: Text,
     pub(super) info: Info,
     /// Status flags that may be read before they are written again: in front of it, and behind.
     pub(super) live_in: u16,
@@ -50,6 +52,13 @@ impl Decoded {
         self.at + self.insn.len() as u16
     }
 
+    /// Where a direct transfer leads, from the beginning of the page.
+    pub(super) fn target(&self) -> i64 {
+        let target = self.insn.near_branch_target();
+        // What wraps at 32 bits is the same in front of the page as behind it.
+        if self.insn.op0_kind() == OpKind::NearBranch32 { i64::from(target as i32) } else { target as i64 }
+    }
+
     /// Control goes elsewhere, always or at times.
     pub(super) fn transfers(&self) -> bool {
         self.insn.flow_control() != iced_x86::FlowControl::Next
@@ -64,7 +73,7 @@ impl Decoded {
     /// It may be part of a loop.
     pub(super) fn loops(&self) -> bool {
         match self.info.class {
-            Class::Jump | Class::Branch => self.insn.near_branch_target() as i64 <= i64::from(self.at),
+            Class::Jump | Class::Branch => self.target() <= i64::from(self.at),
             Class::Call => true,
             _ => false,
         }
@@ -90,22 +99,20 @@ pub(super) struct Source<'a> {
 pub(super) fn decode(source: &Source<'_>, at: u16, table: &mut Table) -> Vec<Decoded> {
     let Source { page, len, key, most, cpuid, .. } = *source;
     let bytes = &page[at as usize..len];
-    let mut decoder = Decoder::with_ip(64, bytes, u64::from(at), DecoderOptions::NONE);
+    let mut decoder = Decoder::with_ip(key.bits(), bytes, u64::from(at), DecoderOptions::NONE);
     let mut all: Vec<Decoded> = Vec::with_capacity(16);
     while all.len() < most.min(MAX_INSTRUCTIONS) && decoder.can_decode() {
         let at = decoder.ip() as u16;
-        let insn = decoder.decode();
+        let mut insn = decoder.decode();
         if insn.is_invalid() {
             // Too few bytes are left, or it raises #UD: the interpreter knows.
             break;
         }
-        let mut info = *table.get(&insn, cpuid);
-        if needs_handler(&insn, &info, key) {
-            info.class = Class::Handler;
-        }
+        let its = &page[at as usize..at as usize + insn.len()];
+        let (info, text) = small::look_up(&mut insn, its, key, table, cpuid);
         let memory = memory_operand(&insn);
         let (live_in, live_out, code_at) = (0, 0, 0);
-        all.push(Decoded { insn, at, info, live_in, live_out, code_at, memory, writes_later: false });
+        all.push(Decoded { insn, at, text, info, live_in, live_out, code_at, memory, writes_later: false });
         let Some(last) = all.last() else { break };
         if last.transfers() {
             let end = last.end();
@@ -307,13 +314,13 @@ impl Translator<'_> {
             }
             Class::Divide => self.divide(d, op),
             Class::Jump => {
-                self.edge(None, d.insn.near_branch_target() as i64, d.live_out);
+                self.edge(None, d.target(), d.live_out);
                 Some(())
             }
             Class::Branch => {
                 self.want_flags(R10);
                 let cc = d.insn.condition_code() as u8;
-                self.edge(Some(condition(cc)), d.insn.near_branch_target() as i64, d.live_out);
+                self.edge(Some(condition(cc)), d.target(), d.live_out);
                 Some(())
             }
             Class::Call => {

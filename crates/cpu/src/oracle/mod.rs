@@ -14,6 +14,7 @@ pub mod hardware;
 pub mod random;
 mod runs;
 mod shapes;
+pub mod small;
 pub mod subject;
 mod values;
 

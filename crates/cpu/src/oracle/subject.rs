@@ -101,6 +101,12 @@ impl Subject {
         self.write_code(rip, &vec![BREAKPOINT; len])
     }
 
+    /// How many blocks were translated.
+    #[cfg(test)]
+    pub(super) fn translated(&self) -> u64 {
+        self.cpu.stats.translations.blocks
+    }
+
     /// Goes on to the first exception.
     pub(super) fn until_exception(&mut self) -> Result<Event, SubjectError> {
         for _ in 0..1 << 16 {
@@ -276,6 +282,27 @@ impl Subject {
         cpu.fpu.set_visible(&state.x87, &state.ymm);
         // Nobody else wants attention.
         cpu.look = false;
+    }
+
+    /// Goes to compatibility mode, behind [`Subject::load`].
+    pub(super) fn set_small_segments(&mut self, segments: super::small::Segments) {
+        use super::small::{Segments, flat};
+        let cpu = &mut self.cpu;
+        let bases = cpu.segs.map(|segment| segment.base);
+        cpu.segs = [flat(3); 6];
+        cpu.segs[seg::CS] = Segment { selector: 0x23, ..flat(0xb) };
+        for based in [seg::FS, seg::GS] {
+            cpu.segs[based].base = bases[based];
+        }
+        match segments {
+            Segments::Flat => {}
+            Segments::Narrow => {
+                cpu.segs[seg::GS].limit = 0xffff;
+                cpu.segs[seg::FS].access |= Segment::UNUSABLE;
+            }
+            Segments::Based => cpu.segs[seg::DS].base = 0x10,
+        }
+        cpu.refresh_mode();
     }
 
     /// Takes the state out of the processor.

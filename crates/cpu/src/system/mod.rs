@@ -34,6 +34,7 @@ mod tsc;
 
 use iced_x86::{Instruction, Mnemonic};
 
+pub(crate) use mode::access;
 pub(crate) use msr::{Msrs, index};
 pub(crate) use tsc::{Tsc, host_tsc_hz};
 
