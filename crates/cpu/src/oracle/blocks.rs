@@ -231,7 +231,7 @@ impl Blocks {
         for part in 0..21 {
             let mut run = best.run.clone();
             match part {
-                0 => run.state.ymm = [[0; 4]; 16],
+                0 => run.state.vector = [[0; 8]; 32],
                 1 => {
                     let mxcsr = run.state.mxcsr();
                     run.state.x87 = State::initial().x87;
