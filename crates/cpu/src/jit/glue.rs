@@ -4,8 +4,8 @@ use std::mem::offset_of;
 
 use super::asm::{Asm, EQUAL, Mem, NOT_EQUAL, R8, R9, R10, R11, RAX, RBP, RBX, RCX, RDI, RDX, RSI, RSP};
 use super::help::Wanted;
-pub(super) use super::vectors::{ALL_VECTORS, LOW_VECTORS, Widest};
 use super::vectors::{self, Vectors};
+pub(super) use super::vectors::{ALL_VECTORS, LOW_VECTORS, Widest};
 use super::{Hot, JUMP_SHIFT, JUMPS, Jump};
 use crate::cpu::Cpu;
 use crate::mmu::TlbLayout;

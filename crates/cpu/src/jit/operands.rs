@@ -6,7 +6,9 @@ use super::Key;
 use super::asm::{Asm, BELOW, Mem, NOT_EQUAL, R8, R9, R10, R11, RSP};
 use super::encode::{self, Parts};
 use super::flags::always_counts;
-use super::glue::{ALL_VECTORS, BASE, CURRENT_TLB, LOW_VECTORS, STACK_DELTA, STACK_PAGE, VECTORS, home, segment_base};
+use super::glue::{
+    ALL_VECTORS, BASE, CURRENT_TLB, LOW_VECTORS, STACK_DELTA, STACK_PAGE, VECTORS, home, segment_base,
+};
 use super::help::Wanted;
 use super::stubs::Stub;
 use super::table::{Class, Field, Info};
@@ -86,8 +88,7 @@ pub(super) fn needs_handler(insn: &Instruction, info: &Info, key: Key) -> bool {
                 && !has_small_address(insn));
     match info.class {
         Class::Plain => {
-            let unavailable =
-                info.vector && !key.sse()
+            let unavailable = info.vector && !key.sse()
                 || info.avx && !key.avx()
                 || info.avx512 && !key.avx512()
                 || info.arithmetic && !key.masked();

@@ -105,10 +105,11 @@ fn look(insn: &Instruction, cpuid: &CpuidTable, factory: &mut InstructionInfoFac
         class: Class::Handler,
         fields: std::array::from_fn(|i| kinds.op_kinds().get(i).map_or(Field::None, |&k| field(k))),
         // What rounds in an EVEX prefix broadcasts with an operand in memory.
-        rm_or_mem: encoding != EncodingKind::EVEX && kinds.op_kinds().iter().any(|&k| {
-            use OpCodeOperandKind as K;
-            matches!(k, K::r8_or_mem | K::r16_or_mem | K::r32_or_mem | K::r64_or_mem)
-        }),
+        rm_or_mem: encoding != EncodingKind::EVEX
+            && kinds.op_kinds().iter().any(|&k| {
+                use OpCodeOperandKind as K;
+                matches!(k, K::r8_or_mem | K::r16_or_mem | K::r32_or_mem | K::r64_or_mem)
+            }),
         written: 0,
         vex: matches!(encoding, EncodingKind::VEX | EncodingKind::EVEX),
         modrm: has_modrm(insn),

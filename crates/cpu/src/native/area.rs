@@ -4,7 +4,9 @@ use std::sync::LazyLock;
 
 use skep_hv::state::StateError;
 
-use super::fpu::{AREA, EXTENDED, Fpu, LEGACY, MXCSR_MASK, component, fx, image_mxcsr, put_image_mxcsr, split};
+use super::fpu::{
+    AREA, EXTENDED, Fpu, LEGACY, MXCSR_MASK, component, fx, image_mxcsr, put_image_mxcsr, split,
+};
 
 /// A component behind the header.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -159,7 +159,8 @@ impl Fpu {
     /// Which of the components `among` differ from their initial configuration. MXCSR does not count.
     pub(crate) fn xinuse(&self, among: u64) -> u64 {
         let (low, high) = self.frame.vector.split_at(16);
-        let any = |range: std::ops::Range<usize>| low.iter().any(|v| v[range.clone()].iter().any(|&w| w != 0));
+        let any =
+            |range: std::ops::Range<usize>| low.iter().any(|v| v[range.clone()].iter().any(|&w| w != 0));
         let in_use = |component| match component {
             component::X87 => !self.x87_is_initial(),
             component::SSE => any(0..2),

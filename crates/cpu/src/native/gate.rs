@@ -282,9 +282,14 @@ mod tests {
         ] {
             assert!(!kind(bytes), "{bytes:02x?}");
         }
-        for bytes in
-            [&b"\x0f\x58\xc0"[..], b"\xd9\xfe", b"\xc5\xfc\x58\xc0", b"\xf3\x0f\xb8\xc0", b"\x0f\x77", b"\x62\xf1\x7c\x48\x58\xc0"]
-        {
+        for bytes in [
+            &b"\x0f\x58\xc0"[..],
+            b"\xd9\xfe",
+            b"\xc5\xfc\x58\xc0",
+            b"\xf3\x0f\xb8\xc0",
+            b"\x0f\x77",
+            b"\x62\xf1\x7c\x48\x58\xc0",
+        ] {
             assert!(kind(bytes), "{bytes:02x?}");
         }
     }

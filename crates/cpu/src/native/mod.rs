@@ -14,8 +14,8 @@ mod fpu;
 mod gate;
 mod masked;
 mod moves;
-mod opmask;
 mod operand;
+mod opmask;
 mod plain;
 #[cfg(test)]
 mod tests;

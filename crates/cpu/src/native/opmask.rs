@@ -104,7 +104,8 @@ fn elements(insn: &Instruction) -> Elements {
 fn broadcast_size(memory: MemorySize) -> usize {
     static SIZES: LazyLock<Vec<usize>> = LazyLock::new(|| {
         let bits = |name: String| {
-            let digits: String = name.strip_prefix("Broadcast")?.chars().take_while(char::is_ascii_digit).collect();
+            let digits: String =
+                name.strip_prefix("Broadcast")?.chars().take_while(char::is_ascii_digit).collect();
             digits.parse::<usize>().ok()
         };
         MemorySize::values().map(|size| bits(format!("{size:?}")).unwrap_or(0) / 8).collect()
@@ -153,9 +154,15 @@ fn reads_all(insn: &Instruction) -> bool {
     use Mnemonic as M;
     match insn.mnemonic() {
         // A count in memory; or else what is shifted.
-        M::Vpsllw | M::Vpslld | M::Vpsllq | M::Vpsraw | M::Vpsrad | M::Vpsraq | M::Vpsrlw | M::Vpsrld | M::Vpsrlq => {
-            insn.op_kind(2) == OpKind::Memory
-        }
+        M::Vpsllw
+        | M::Vpslld
+        | M::Vpsllq
+        | M::Vpsraw
+        | M::Vpsrad
+        | M::Vpsraq
+        | M::Vpsrlw
+        | M::Vpsrld
+        | M::Vpsrlq => insn.op_kind(2) == OpKind::Memory,
         M::Valignd
         | M::Valignq
         | M::Vdbpsadbw

@@ -7,9 +7,9 @@ use iced_x86::{
 use skep_hv::cpuid::CpuidTable;
 
 use super::gate::{self, Unit};
-use super::{moves, opmask};
 use super::thunk::{Thunks, uses_mxcsr};
 use super::x87;
+use super::{moves, opmask};
 use crate::cpu::{CodeSize, Cpu};
 use crate::fault::{Exec, vector};
 use crate::mmu::Access;
@@ -299,7 +299,12 @@ pub(super) fn must_be_aligned(insn: &Instruction) -> bool {
             M::Vmovaps
                 | M::Vmovdqa32
                 | M::Vmovdqa64
-                | M::Vmovapd | M::Vmovdqa | M::Vmovntps | M::Vmovntpd | M::Vmovntdq | M::Vmovntdqa
+                | M::Vmovapd
+                | M::Vmovdqa
+                | M::Vmovntps
+                | M::Vmovntpd
+                | M::Vmovntdq
+                | M::Vmovntdqa
         );
     }
     insn.memory_size().size() == 16

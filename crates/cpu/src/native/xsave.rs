@@ -95,7 +95,14 @@ impl Cpu {
 
     /// Processors look at the end of what is asked for of AVX-512's state, even if none of it is moved. `format`: the components
     /// of the compacted format, if it is that.
-    fn probe_end(&mut self, op: &Op, requested: u64, format: Option<u64>, count: usize, access: Access) -> Exec {
+    fn probe_end(
+        &mut self,
+        op: &Op,
+        requested: u64,
+        format: Option<u64>,
+        count: usize,
+        access: Access,
+    ) -> Exec {
         let there = |c: &Component| requested & component::AVX512 & c.bit != 0 && c.len(count) != 0;
         let end = |c: &Component| format.map_or(c.standard(), |f| c.compacted(f)) + c.len(count);
         match COMPONENTS.iter().filter(|c| there(c)).map(end).max() {

@@ -54,14 +54,8 @@ impl State {
 
     /// Everything as a processor has it after reset, flags as a program has them.
     pub fn initial() -> Self {
-        let mut state = Self {
-            gpr: [0; 16],
-            rip: 0,
-            rflags: 0x202,
-            vector: [[0; 8]; 32],
-            opmask: [0; 8],
-            x87: [0; 160],
-        };
+        let mut state =
+            Self { gpr: [0; 16], rip: 0, rflags: 0x202, vector: [[0; 8]; 32], opmask: [0; 8], x87: [0; 160] };
         state.x87[..2].copy_from_slice(&0x37fu16.to_le_bytes());
         state.set_mxcsr(0x1f80);
         state

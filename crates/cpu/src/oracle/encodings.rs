@@ -199,12 +199,7 @@ fn is_vsib(kind: &OpCodeOperandKind) -> bool {
     use OpCodeOperandKind as K;
     matches!(
         kind,
-        K::mem_vsib32x
-            | K::mem_vsib64x
-            | K::mem_vsib32y
-            | K::mem_vsib64y
-            | K::mem_vsib32z
-            | K::mem_vsib64z
+        K::mem_vsib32x | K::mem_vsib64x | K::mem_vsib32y | K::mem_vsib64y | K::mem_vsib32z | K::mem_vsib64z
     )
 }
 

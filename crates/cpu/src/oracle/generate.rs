@@ -289,7 +289,9 @@ fn special(random: &mut Random, insn: &Instruction, case: &mut Case) {
         M::Vmaskmovps | M::Vmaskmovpd | M::Vpmaskmovd | M::Vpmaskmovq => {
             mask(random, insn.op1_register(), case)
         }
-        _ if insn.memory_index().is_vector_register() && insn.op_mask() == Register::None => mask(random, insn.op2_register(), case),
+        _ if insn.memory_index().is_vector_register() && insn.op_mask() == Register::None => {
+            mask(random, insn.op2_register(), case)
+        }
         _ => {}
     }
 }

@@ -11,8 +11,8 @@ use skep_memory::{GuestMemory, MemoryError, RegionKind, RegionSpec};
 use super::case::{
     CODE, Case, Event, FS_BASE, GS_BASE, LONGEST, Outcome, WINDOW, WINDOW_SIZE, WRITABLE, has_avx512, pattern,
 };
-use crate::native::component;
 use crate::cpu::{Cpu, cr0, cr4, efer, seg};
+use crate::native::component;
 use crate::run::Step;
 use crate::system::Tsc;
 use crate::vm::{Mailbox, Shared};
