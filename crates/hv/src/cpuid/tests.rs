@@ -419,6 +419,7 @@ fn avx512_brings_its_state() {
         let software = PolicyOptions { model: Model::X86_64V4, ..software() };
         assert_eq!(policy(&host, &software).unwrap(), table, "of the software CPU");
     }
+    assert!(!has(&policy(&host, &software()).unwrap(), "avx512f"), "not unless it is asked for");
     // The software CPU has no use for opmasks of 16 bits.
     let mut seven = host.get(7, 0).unwrap();
     seven.ebx &= !(1 << 30);
