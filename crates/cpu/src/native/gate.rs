@@ -102,6 +102,11 @@ fn ask_host(feature: CpuidFeature) -> bool {
     if function > highest || (function == 7 && index > __cpuid_count(7, 0).eax) {
         return false;
     }
+    let wide = format!("{feature:?}").starts_with("AVX512");
+    if wide && !std::arch::is_x86_feature_detected!("avx512bw") {
+        // Not enabled by the kernel, or with opmasks of 16 bits only.
+        return false;
+    }
     let r = __cpuid_count(function, index);
     bit(CpuidLeaf { eax: r.eax, ebx: r.ebx, ecx: r.ecx, edx: r.edx }, register, at)
 }

@@ -10,6 +10,8 @@ const COMPONENTS: &[(&str, u32, u32)] =
 pub(super) const AVX512: u32 = 0xe0;
 /// Bytes of the legacy part and the header.
 const LEGACY: u32 = 576;
+/// Where the areas of the software CPU end at most: where Intel's do.
+const SOFTWARE_END: u32 = 2688;
 /// No processor places one of these components beyond.
 const END: u32 = 4096;
 /// Leaf 1 ECX: OSXSAVE.
@@ -26,7 +28,10 @@ pub(super) fn has_state(feature: &str, host: &CpuidTable, provider: Provider) ->
             "xsave" => leaf(1, 0).ecx & OSXSAVE != 0,
             "avx" => leaf(0xd, 0).eax & 7 == 7 && leaf(0xd, 0).ebx >= LEGACY + 256,
             // 64 bits of an opmask register are moved by instructions of AVX512BW, which all but the first processors have.
-            "avx512f" => leaf(7, 0).ebx & AVX512BW != 0 && is_placed(feature, host),
+            "avx512f" => {
+                let end = leaf(0xd, 7).ebx.saturating_add(leaf(0xd, 7).eax);
+                leaf(7, 0).ebx & AVX512BW != 0 && is_placed(feature, host) && end <= SOFTWARE_END
+            }
             _ => true,
         };
     }
