@@ -2,6 +2,8 @@
 import { execFile } from 'node:child_process'
 import { promisify } from 'node:util'
 import { describe, expect, test } from 'vitest'
+import { diagnose } from '../../dist/index.js'
+import { accel } from '../helpers/accel.js'
 import { debianWith, freestandingProgram, hostNode, testProgram } from '../helpers/guests.js'
 import { Shell } from '../helpers/shell.js'
 
@@ -140,6 +142,26 @@ test.skipIf(inL1)('LuaJIT computes what its interpreter does', { timeout: TIMEOU
   const output = lines(await shell.read('luajit /script.lua', TIMEOUT))
   expect(output.slice(0, 2)).toEqual(['jit\ttrue', 'same'])
 })
+
+const wide = diagnose()
+  .guests.find(({ backEnd }) => backEnd === accel)
+  ?.models.find(({ name }) => name === 'x86-64-v4')
+
+// Hosts without AVX-512 give none to guests.
+test.skipIf(inL1 || wide?.available !== true)(
+  'AVX-512: registers across switches and signals, masked accesses, strings',
+  { timeout: TIMEOUT },
+  async () => {
+    const program = await testProgram('wide')
+    const guest = await debianWith('wide', {
+      entries: [{ path: '/wide', type: 'file', source: program, mode: 0o755 }],
+    })
+    await using shell = await Shell.boot({ cpus: 2, cpu: 'x86-64-v4' }, { guest })
+    const output = lines(await shell.read('/wide 2>&1', TIMEOUT))
+    expect(output).toEqual(['registers kept', 'masked accesses suppressed', 'strings right'])
+    expect(await shell.complaints()).toEqual([])
+  },
+)
 
 // 200 MiB of packages.
 test.skipIf(process.env['SKEP_TEST_JAVA'] === undefined)(

@@ -305,7 +305,7 @@ impl Cpu {
         mailbox: Arc<Mailbox>,
         tsc: Tsc,
     ) -> Result<Box<Self>, HvError> {
-        let thunks = Thunks::new()
+        let thunks = Thunks::new(&shared.cpuid)
             .map_err(|source| HvError::Os { what: "executable memory for the software CPU", source })?;
         let mut cpu = Box::new(Self {
             regs: Regs::new(),

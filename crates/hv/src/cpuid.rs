@@ -208,5 +208,11 @@ pub fn host() -> CpuidTable {
             }
         }
     }
+    // XCR0 holds what the processor can have; what the kernel has not enabled is not there.
+    if !std::arch::is_x86_feature_detected!("avx512f")
+        && let Some(state) = table.get(0xd, 0)
+    {
+        table.set(0xd, 0, CpuidLeaf { eax: state.eax & !xsave::AVX512, ..state });
+    }
     table
 }

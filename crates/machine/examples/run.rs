@@ -1,7 +1,7 @@
 //! Runs one machine without Node: the serial console on stdin and stdout, bhyve's exit status.
 //!
 //! `run (--kernel FILE [--initrd FILE] [--cmdline TEXT] [--module FILE]... | --rom FILE) [-m MIB] [-c CPUS] [--accel software|kvm] [--engine jit|interpreter|lockstep]
-//! [--huge-pages auto|off|thp|2M|1G] [--debug-exit] [--exit-on-reboot] [--stats]`
+//! [--cpu MODEL[,+FEATURE|,-FEATURE]...] [--huge-pages auto|off|thp|2M|1G] [--debug-exit] [--exit-on-reboot] [--stats]`
 //!
 //! The engine is the JIT unless `--engine` or the environment variable `SKEP_ENGINE` says otherwise.
 
@@ -36,6 +36,14 @@ impl EventSink for Terminal {
     }
 }
 
+/// A model, and features that are on or off.
+fn processor(text: &str) -> Option<Value> {
+    let (model, features) = text.split_once(',').unwrap_or((text, ""));
+    let one = |wish: &str| Some((wish.get(1..)?.to_string(), Value::Bool(wish.starts_with('+'))));
+    let features = features.split(',').filter(|wish| !wish.is_empty()).map(one);
+    Some(json!({ "model": model, "features": features.collect::<Option<serde_json::Map<_, _>>>()? }))
+}
+
 fn spec(mut args: std::env::Args) -> Option<(Value, bool)> {
     let none = json!({ "kind": "none" });
     let (mut boot, mut rom, mut stats) =
@@ -63,6 +71,7 @@ fn spec(mut args: std::env::Args) -> Option<(Value, bool)> {
                 spec["accel"] = accel.into();
             }
             "--engine" => engine = args.next()?.into(),
+            "--cpu" => spec["cpu"] = processor(&args.next()?)?,
             "--kernel" | "--initrd" | "--cmdline" => boot[&arg[2..]] = args.next()?.into(),
             "--module" => {
                 boot["modules"].as_array_mut()?.push(json!({ "path": args.next()?, "cmdline": "" }))

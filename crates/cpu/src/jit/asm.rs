@@ -112,6 +112,15 @@ impl Asm {
 
     /// ModRM, SIB and displacement.
     pub(super) fn operand(&mut self, reg: u8, mem: Mem) {
+        self.operand_at(reg, mem, true);
+    }
+
+    /// The same for EVEX-encoded instructions, which take a displacement of one byte for a multiple.
+    pub(super) fn unscaled_operand(&mut self, reg: u8, mem: Mem) {
+        self.operand_at(reg, mem, false);
+    }
+
+    fn operand_at(&mut self, reg: u8, mem: Mem, short: bool) {
         let reg = (reg & 7) << 3;
         let (base, index, disp) = match mem {
             Mem::Cpu(disp) => (None, None, disp),
@@ -126,7 +135,7 @@ impl Asm {
         };
         let kind = match disp {
             0 if base & 7 != 5 => 0,
-            -128..=127 => 0x40,
+            -128..=127 if short => 0x40,
             _ => 0x80,
         };
         match index {
@@ -246,6 +255,12 @@ impl Asm {
     /// CMP of a byte in memory with an immediate.
     pub(super) fn cmp_byte(&mut self, mem: Mem, value: u8) {
         self.mem(&[], false, &[0x80], 7, mem);
+        self.byte(value);
+    }
+
+    /// TEST of a byte in memory.
+    pub(super) fn test_byte(&mut self, mem: Mem, value: u8) {
+        self.mem(&[], false, &[0xf6], 0, mem);
         self.byte(value);
     }
 

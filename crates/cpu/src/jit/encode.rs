@@ -40,6 +40,7 @@ pub(super) fn split<'a>(bytes: &'a [u8], info: &Info) -> Option<Parts<'a>> {
         let len = match bytes[at] {
             0xc5 => 2,
             0xc4 => 3,
+            0x62 => 4,
             _ => return None,
         };
         parts.vex = bytes.get(at..at + len)?;
@@ -117,13 +118,13 @@ impl Parts<'_> {
         register: impl Fn(usize) -> Option<u8>,
     ) {
         let (mut rex, mut modrm) = (self.rex, self.modrm.unwrap_or(0));
-        // VEX in its long form: R, X and B inverted.
-        let long = match *self.vex {
-            [_, second] => [0xc4, second & 0x80 | 0x61, second & 0x7f],
-            [_, second, third] => [0xc4, second, third],
-            _ => [0; 3],
+        // VEX in its long form, or EVEX: R, X and B inverted.
+        let (mut vex, vex_len) = match *self.vex {
+            [_, second] => ([0xc4, second & 0x80 | 0x61, second & 0x7f, 0], 3),
+            [_, second, third] => ([0xc4, second, third, 0], 3),
+            [_, second, third, fourth] => ([0x62, second, third, fourth], 4),
+            _ => ([0; 4], 0),
         };
-        let mut vex = long;
         let mut last = exchanged.unwrap_or(*self.opcode.last().unwrap_or(&0));
         let mut need_rex = false;
         for (i, field) in info.fields.iter().enumerate() {
@@ -181,11 +182,12 @@ impl Parts<'_> {
             }
             asm.bytes(&self.opcode[..self.opcode.len() - 1]);
         } else {
-            asm.bytes(&vex);
+            asm.bytes(&vex[..vex_len]);
         }
         asm.byte(last);
         if memory {
-            asm.operand(modrm >> 3 & 7, if high { Mem::At(RSI, 0) } else { mem });
+            let (reg, mem) = (modrm >> 3 & 7, if high { Mem::At(RSI, 0) } else { mem });
+            if vex_len == 4 { asm.unscaled_operand(reg, mem) } else { asm.operand(reg, mem) }
         } else if self.modrm.is_some() {
             asm.byte(modrm);
         }

@@ -5,10 +5,11 @@ use std::mem::offset_of;
 use super::asm::{Asm, EQUAL, Mem, NOT_EQUAL, R8, R9, R10, R11, RAX, RBP, RBX, RCX, RDI, RDX, RSI, RSP};
 use super::help::Wanted;
 use super::strings::{self, Strings};
+use super::vectors::{self, Vectors};
+pub(super) use super::vectors::{ALL_VECTORS, LOW_VECTORS, Widest};
 use super::{Hot, JUMP_SHIFT, JUMPS, Jump};
 use crate::cpu::Cpu;
 use crate::mmu::TlbLayout;
-use crate::native::FrameLayout;
 use skep_hv::state::Segment;
 
 /// Guest registers that stand in host registers while translated code runs: guest number, host number.
@@ -91,10 +92,12 @@ pub(super) struct Glue {
     pub(super) stack: u64,
     /// Runs the handler of the operation in R8; what it is in R9. Comes back if the next instruction is next.
     pub(super) handler: u64,
-    /// Makes the vector registers the guest's.
+    /// Makes those vector registers the guest's that AVX has.
     pub(super) load_vectors: u64,
     /// Repeated moves and fills by the operation in R8.
     pub(super) strings: Strings,
+    /// Makes all of AVX-512's registers the guest's.
+    pub(super) load_all_vectors: u64,
 }
 
 /// What a helper decided; with it comes a value.
@@ -121,15 +124,9 @@ pub(super) type AccessHelper = unsafe extern "sysv64" fn(*mut Cpu, u64, u32) -> 
 pub(super) type HandlerHelper = unsafe extern "sysv64" fn(*mut Cpu, u64, u32) -> Verdict;
 
 /// Writes the routines.
-pub(super) fn emit(asm: &mut Asm, access: AccessHelper, handler: HandlerHelper, wide: bool) -> Glue {
-    let mut glue = Glue { load_vectors: asm.here(), ..Glue::default() };
-    vectors(asm, wide, false);
-    asm.mem(&[], false, &[0xc6], 0, VECTORS);
-    asm.byte(1);
-    asm.byte(0xc3);
-    let save_vectors = asm.here();
-    vectors(asm, wide, true);
-    asm.byte(0xc3);
+pub(super) fn emit(asm: &mut Asm, access: AccessHelper, handler: HandlerHelper, widest: Widest) -> Glue {
+    let Vectors { load, load_all, reload, save: save_vectors } = vectors::emit(asm, widest);
+    let mut glue = Glue { load_vectors: load, load_all_vectors: load_all, ..Glue::default() };
 
     // Returns that were never called for: the entry stays for the next.
     let empty = asm.here();
@@ -198,26 +195,28 @@ pub(super) fn emit(asm: &mut Asm, access: AccessHelper, handler: HandlerHelper, 
     asm.bytes(&[0x41, 0xff, 0xe0]); // jmp r8
 
     glue.access = asm.here();
-    help(asm, access as usize as u64, save_vectors, &glue, leave_saved, true);
+    let vectors = (save_vectors, reload);
+    help(asm, access as usize as u64, vectors, &glue, leave_saved, true);
     glue.look_up = asm.here();
     look_up(asm, glue.access, false);
     glue.stack = asm.here();
     look_up(asm, glue.access, true);
     glue.handler = asm.here();
-    help(asm, handler as usize as u64, save_vectors, &glue, leave_saved, false);
+    help(asm, handler as usize as u64, vectors, &glue, leave_saved, false);
     glue.strings = strings::emit(asm, glue.handler);
     glue
 }
 
-/// Calls a helper with the processor, R8 and R9, everything of the guest's in its place in memory.
-fn help(asm: &mut Asm, helper: u64, save_vectors: u64, glue: &Glue, leave_saved: u64, done_skips: bool) {
+/// Calls a helper with the processor, R8 and R9, everything of the guest's in its place in memory. `vectors`: what saves and
+/// loads vector registers.
+fn help(asm: &mut Asm, helper: u64, vectors: (u64, u64), glue: &Glue, leave_saved: u64, done_skips: bool) {
     if done_skips {
         asm.store(LINEAR, R8);
     }
     save_registers(asm);
     asm.cmp_byte(VECTORS, 0);
     let none = asm.jcc_forward(EQUAL);
-    asm.call(save_vectors);
+    asm.call(vectors.0);
     asm.land(none);
     asm.load(RDI, hot(offset_of!(Hot, this)));
     asm.mov(RSI, R8);
@@ -228,7 +227,7 @@ fn help(asm: &mut Asm, helper: u64, save_vectors: u64, glue: &Glue, leave_saved:
     asm.jcc(EQUAL, leave_saved);
     asm.cmp_byte(VECTORS, 0);
     let none = asm.jcc_forward(EQUAL);
-    asm.call(glue.load_vectors);
+    asm.call(vectors.1);
     asm.land(none);
     asm.mov(R8, RDX);
     asm.regs(false, &[0x89], RAX, R9);
@@ -323,31 +322,5 @@ fn save_registers(asm: &mut Asm) {
 fn load_registers(asm: &mut Asm) {
     for (guest, host) in PINNED {
         asm.load(host, home(guest));
-    }
-}
-
-/// Moves vector registers and MXCSR to or from the frame. R10 is lost.
-fn vectors(asm: &mut Asm, wide: bool, save: bool) {
-    asm.load(R10, Mem::Cpu(offset_of!(Cpu, fpu) as i32));
-    let opcode = 0x10 | u8::from(save);
-    if !save {
-        asm.mem(&[], false, &[0x0f, 0xae], 2, Mem::At(R10, FrameLayout::MXCSR));
-    }
-    for n in 0..16u8 {
-        let at = Mem::At(R10, FrameLayout::VECTOR + 64 * i32::from(n));
-        if wide {
-            // vmovups ymm, [r10+disp]
-            asm.bytes(&[0xc4, (n >> 3 ^ 1) << 7 | 0x40 | 1, 0x7c, opcode]);
-            asm.operand(n, at);
-        } else {
-            asm.mem(&[], false, &[0x0f, opcode], n, at);
-        }
-    }
-    if save {
-        asm.mem(&[], false, &[0x0f, 0xae], 3, Mem::At(R10, FrameLayout::MXCSR));
-        asm.mem(&[], false, &[0x0f, 0xae], 2, Mem::At(R10, FrameLayout::HOST_MXCSR));
-        if wide {
-            asm.bytes(&[0xc5, 0xf8, 0x77]); // vzeroupper
-        }
     }
 }

@@ -16,6 +16,7 @@ impl Wanted {
     pub(super) const WRITE: u32 = 1 << 23;
     const ON_STACK: u32 = 1 << 24;
     pub(super) const ALIGNED: u32 = 1 << 25;
+    const MASKED: u32 = 1 << 26;
 
     /// An access of `size` bytes by the instruction at `at` of its page, which is `len` long.
     pub(super) fn new(at: u16, len: u8, size: u8, write: bool) -> Self {
@@ -31,6 +32,11 @@ impl Wanted {
     /// Must be aligned to its size.
     pub(super) fn aligned(self, yes: bool) -> Self {
         Self(self.0 | if yes { Self::ALIGNED } else { 0 })
+    }
+
+    /// Parts of it may be left out.
+    pub(super) fn masked(self, yes: bool) -> Self {
+        Self(self.0 | if yes { Self::MASKED } else { 0 })
     }
 
     pub(super) fn is_write(self) -> bool {
@@ -68,11 +74,16 @@ pub(super) unsafe extern "sysv64" fn access(cpu: *mut Cpu, linear: u64, wanted: 
     let wanted = Wanted(wanted);
     let start = cpu.hot.base.wrapping_add(wanted.at());
     cpu.rip = start;
+    let cr2 = cpu.cr2;
     let misplaced = wanted.is_aligned() && !linear.is_multiple_of(wanted.size());
     if !misplaced {
         match cpu.host_range(linear, wanted.size(), wanted.is_write()) {
             Ok(Some(host)) => return Verdict { what: Verdict::GO_ON, value: host as u64 },
             Ok(None) => {}
+            // The interpreter knows whether what is not there is wanted.
+            Err(Abort) if wanted.0 & Wanted::MASKED != 0 => {
+                (cpu.cr2, cpu.raised) = (cr2, crate::fault::Raised::None);
+            }
             Err(Abort) => return cpu.raised_in_code(Some(wanted.segment())),
         }
     }

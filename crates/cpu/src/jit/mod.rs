@@ -34,6 +34,7 @@ mod strings;
 mod stubs;
 mod table;
 mod translate;
+mod vectors;
 
 use std::arch::asm;
 use std::collections::HashMap;
@@ -51,6 +52,7 @@ use translate::{Entry, Link, MAX_INSTRUCTIONS, Made, Request, Source};
 use crate::block::Mix;
 use crate::cpu::{CodeSize, Cpu, cr0, cr4};
 use crate::fault::Exec;
+use crate::native::component;
 use crate::op::Op;
 
 const PAGE: u64 = 4096;
@@ -79,7 +81,8 @@ impl Key {
     /// It may use FS and GS without any check.
     const FS: u8 = 32;
     const GS: u8 = 64;
-    const BITS: u32 = 7;
+    const AVX512: u8 = 128;
+    const BITS: u32 = 8;
 
     fn sse(self) -> bool {
         self.0 & Self::SSE != 0
@@ -87,6 +90,10 @@ impl Key {
 
     fn avx(self) -> bool {
         self.0 & Self::AVX != 0
+    }
+
+    fn avx512(self) -> bool {
+        self.0 & Self::AVX512 != 0
     }
 
     fn masked(self) -> bool {
@@ -159,7 +166,7 @@ pub(crate) struct Hot {
     origin: u32,
     /// The link by which translated code was left.
     link: u32,
-    /// The vector registers and MXCSR are the guest's.
+    /// Which vector registers are the guest's, and MXCSR with them: none, [`vectors::LOW_VECTORS`], [`vectors::ALL_VECTORS`].
     vectors: u8,
     /// Exceptions are left in [`Cpu::raised`]: for comparisons.
     pub(crate) keep_raised: bool,
@@ -265,8 +272,12 @@ impl Jit {
         let mut memory = CodeMemory::new()?;
         memory.reserve(16 * RECORDS);
         let mut asm = asm::Asm::new(memory.next());
-        let wide = std::arch::is_x86_feature_detected!("avx");
-        let glue = glue::emit(&mut asm, help::access, help::handler, wide);
+        let widest = match () {
+            () if std::arch::is_x86_feature_detected!("avx512bw") => glue::Widest::Zmm,
+            () if std::arch::is_x86_feature_detected!("avx") => glue::Widest::Ymm,
+            () => glue::Widest::Xmm,
+        };
+        let glue = glue::emit(&mut asm, help::access, help::handler, widest);
         if !memory.add(&asm.code, &[]) {
             return Err(io::ErrorKind::OutOfMemory.into());
         }
@@ -433,9 +444,10 @@ impl Cpu {
     fn code_key(&self) -> Key {
         let sse = self.cr0 & (cr0::EM | cr0::TS) == 0 && self.cr4 & cr4::OSFXSR != 0;
         let avx = sse && self.cr4 & cr4::OSXSAVE != 0 && self.xcr0 & 6 == 6;
+        let avx512 = avx && self.xcr0 & component::AVX512 == component::AVX512;
         let masked = self.fpu.masked();
         let mut bits = if self.mode.cpl == 3 { Key::USER } else { 0 };
-        for (is, bit) in [(sse, Key::SSE), (avx, Key::AVX), (masked, Key::MASKED)] {
+        for (is, bit) in [(sse, Key::SSE), (avx, Key::AVX), (avx512, Key::AVX512), (masked, Key::MASKED)] {
             bits |= if is { bit } else { 0 };
         }
         if self.mode.code != CodeSize::Bits64 {

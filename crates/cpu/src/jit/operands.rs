@@ -4,10 +4,10 @@ use iced_x86::{Instruction, OpKind, Register};
 
 use super::Key;
 use super::access::Place;
-use super::asm::{EQUAL, Mem, R8, R9, R10, R11, RSP};
+use super::asm::{BELOW, Mem, R8, R9, R10, R11, RSP};
 use super::encode::{self, Parts};
 use super::flags::surely_changed;
-use super::glue::{BASE, VECTORS, home, segment_base};
+use super::glue::{ALL_VECTORS, BASE, LOW_VECTORS, VECTORS, home, segment_base};
 use super::help::Wanted;
 use super::strings;
 use super::stubs::Stub;
@@ -67,8 +67,10 @@ pub(super) fn needs_handler(insn: &Instruction, info: &Info, key: Key) -> bool {
                 && !has_small_address(insn));
     match info.class {
         Class::Plain => {
-            let unavailable =
-                info.vector && !key.sse() || info.avx && !key.avx() || info.arithmetic && !key.masked();
+            let unavailable = info.vector && !key.sse()
+                || info.avx && !key.avx()
+                || info.avx512 && !key.avx512()
+                || info.arithmetic && !key.masked();
             let bit_string = matches!(insn.mnemonic(), M::Bt | M::Bts | M::Btr | M::Btc)
                 && memory.is_some()
                 && insn.op_kind(1) == OpKind::Register;
@@ -161,16 +163,18 @@ impl Translator<'_> {
         Wanted::new(d.at, d.insn.len() as u8, size as u8, write).on_stack(stack)
     }
 
-    pub(super) fn want_vectors(&mut self, live: u16) {
-        if self.vectors {
+    /// Makes the vector registers the guest's, `all` that AVX-512 has or those that AVX has.
+    pub(super) fn want_vectors(&mut self, live: u16, all: bool) {
+        let wanted = if all { ALL_VECTORS } else { LOW_VECTORS };
+        if self.vectors >= wanted {
             return;
         }
-        self.vectors = true;
+        self.vectors = wanted;
         self.lose_flags(live, R10);
-        self.asm.cmp_byte(VECTORS, 0);
-        let from = self.asm.jcc_forward(EQUAL);
+        self.asm.cmp_byte(VECTORS, wanted);
+        let from = self.asm.jcc_forward(BELOW);
         let resume = self.asm.code.len();
-        self.stubs.push(Stub::Vectors { from, resume });
+        self.stubs.push(Stub::Vectors { from, resume, all });
     }
 
     pub(super) fn plain(&mut self, d: &Decoded) -> Option<()> {
@@ -180,7 +184,7 @@ impl Translator<'_> {
         let bytes = d.text.as_deref().unwrap_or(&self.request.page[d.at as usize..d.end() as usize]);
         let parts = encode::split(bytes, info)?;
         if info.vector {
-            self.want_vectors(d.live_in);
+            self.want_vectors(d.live_in, info.avx512);
         }
         let mut place = Place::None;
         if let Some(operand) = memory {
@@ -188,7 +192,10 @@ impl Translator<'_> {
             let aligned = info.aligned || insn.mnemonic() == iced_x86::Mnemonic::Cmpxchg16b;
             self.lose_flags(d.live_in, R10);
             place = self.place(insn)?;
-            let wanted = self.wanted(d, size, write).aligned(aligned && size.is_power_of_two());
+            let wanted = self
+                .wanted(d, size, write)
+                .aligned(aligned && size.is_power_of_two())
+                .masked(insn.op_mask() != Register::None);
             self.check(place, wanted, d.writes_later);
         }
         // The flags that it reads, and those that it leaves alone.

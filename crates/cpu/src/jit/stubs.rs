@@ -18,8 +18,8 @@ pub(super) enum Stub {
     Far { from: Forward, target: i64, save_flags: bool },
     /// Something wants attention.
     Leave { from: Forward, at: u16, save_flags: bool },
-    /// The vector registers are to be made the guest's.
-    Vectors { from: Forward, resume: usize },
+    /// The vector registers are to be made the guest's, all that AVX-512 has or those that AVX has.
+    Vectors { from: Forward, resume: usize, all: bool },
 }
 
 /// Who helps with an access.
@@ -138,9 +138,9 @@ impl Translator<'_> {
                     a.lea(R8, Mem::At(R8, i32::from(at)));
                     a.jmp(glue.leave);
                 }
-                Stub::Vectors { from, resume } => {
+                Stub::Vectors { from, resume, all } => {
                     code.land_abroad(from, here);
-                    a.call(glue.load_vectors);
+                    a.call(if all { glue.load_all_vectors } else { glue.load_vectors });
                     a.jmp(code.origin + resume as u64);
                 }
             }

@@ -57,7 +57,7 @@ pub(super) struct Info {
     pub(super) rm_or_mem: bool,
     /// Operands that are written, by bit.
     pub(super) written: u8,
-    /// VEX-encoded; else legacy.
+    /// VEX- or EVEX-encoded; else legacy.
     pub(super) vex: bool,
     /// Has a ModRM byte.
     pub(super) modrm: bool,
@@ -65,6 +65,8 @@ pub(super) struct Info {
     pub(super) counted: bool,
     pub(super) vector: bool,
     pub(super) avx: bool,
+    /// Needs all vector and opmask registers.
+    pub(super) avx512: bool,
     /// Depends on MXCSR.
     pub(super) arithmetic: bool,
     /// The memory operand must be aligned.
@@ -104,22 +106,25 @@ fn look(insn: &Instruction, cpuid: &CpuidTable, factory: &mut InstructionInfoFac
     let mut info = Info {
         class: Class::Handler,
         fields: std::array::from_fn(|i| kinds.op_kinds().get(i).map_or(Field::None, |&k| field(k))),
-        rm_or_mem: kinds.op_kinds().iter().any(|&k| {
-            use OpCodeOperandKind as K;
-            matches!(k, K::r8_or_mem | K::r16_or_mem | K::r32_or_mem | K::r64_or_mem)
-        }),
+        // What rounds in an EVEX prefix broadcasts with an operand in memory.
+        rm_or_mem: encoding != EncodingKind::EVEX
+            && kinds.op_kinds().iter().any(|&k| {
+                use OpCodeOperandKind as K;
+                matches!(k, K::r8_or_mem | K::r16_or_mem | K::r32_or_mem | K::r64_or_mem)
+            }),
         written: 0,
-        vex: encoding == EncodingKind::VEX,
+        vex: matches!(encoding, EncodingKind::VEX | EncodingKind::EVEX),
         modrm: has_modrm(insn),
         counted: false,
         vector: false,
         avx: false,
+        avx512: false,
         arithmetic: false,
         aligned: false,
         flags_read: flags(insn.rflags_read()),
         flags_changed: flags(insn.rflags_modified()),
     };
-    if !matches!(encoding, EncodingKind::Legacy | EncodingKind::VEX) {
+    if !matches!(encoding, EncodingKind::Legacy | EncodingKind::VEX | EncodingKind::EVEX) {
         return info;
     }
     let used = factory.info(insn);
@@ -149,7 +154,7 @@ fn look(insn: &Instruction, cpuid: &CpuidTable, factory: &mut InstructionInfoFac
     }
     if let Some(direct) = native::direct(insn, cpuid) {
         info.class = Class::Plain;
-        (info.vector, info.avx) = (direct.vector, direct.avx);
+        (info.vector, info.avx, info.avx512) = (direct.vector, direct.avx, direct.avx512);
         (info.arithmetic, info.aligned) = (direct.arithmetic, direct.aligned);
     }
     info

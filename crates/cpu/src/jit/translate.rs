@@ -190,8 +190,8 @@ pub(super) struct Translator<'a> {
     pub(super) in_host: bool,
     /// Status flags are in memory.
     pub(super) in_memory: bool,
-    /// Vector registers are the guest's.
-    pub(super) vectors: bool,
+    /// Which vector registers are the guest's, as [`Hot`](super::Hot) has it.
+    pub(super) vectors: u8,
     /// The page that R8 and R9 know.
     pub(super) window: Option<Window>,
     /// What comes next is reached from what came last.
@@ -223,7 +223,7 @@ pub(super) fn translate(
         entry: Entry { from_memory: origin, from_host: origin, live },
         in_host: true,
         in_memory: false,
-        vectors: false,
+        vectors: 0,
         window: None,
         reachable: true,
         open: Vec::new(),

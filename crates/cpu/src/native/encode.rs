@@ -36,7 +36,7 @@ struct Parts<'a> {
     prefixes: Vec<u8>,
     /// REX, if present (64-bit mode).
     rex: Option<u8>,
-    /// VEX bytes, if VEX-encoded.
+    /// VEX or EVEX bytes, if so encoded.
     vex: &'a [u8],
     /// Escape and opcode bytes.
     opcode: &'a [u8],
@@ -82,6 +82,11 @@ fn split<'a>(insn: &Instruction, bytes: &'a [u8], code: CodeSize) -> Option<Part
             };
             vex = bytes.get(at..at + len)?;
             at += len;
+            opcode = bytes.get(at..=at)?;
+        }
+        EncodingKind::EVEX => {
+            vex = bytes.get(at..at + 4)?;
+            at += vex.len();
             opcode = bytes.get(at..=at)?;
         }
         EncodingKind::Legacy => {
@@ -212,6 +217,21 @@ pub(super) fn encode(insn: &Instruction, bytes: &[u8], code: CodeSize, target: T
             }
             out.extend([escape, rxb_map, w_vvvv]);
         }
+        [escape, mut rxb_map, mut w_vvvv, mut last] => {
+            if legacy_mode {
+                // Registers above 7 do not exist; where their bits are not ignored, they are all ones.
+                rxb_map |= 0xf0;
+                w_vvvv |= 0x40;
+                last |= 8;
+                if !info.is_wig() {
+                    w_vvvv = w_vvvv & 0x7f | (info.w() as u8) << 7;
+                }
+            }
+            if memory {
+                rxb_map |= 0x60;
+            }
+            out.extend([escape, rxb_map, w_vvvv, last]);
+        }
         _ => {}
     }
     out.extend(parts.opcode);
@@ -265,7 +285,13 @@ impl RspFields {
 fn verify(insn: &Instruction, bytes: &[u8]) -> bool {
     let again = Decoder::new(64, bytes, DecoderOptions::NONE).decode();
     let same_code = again.code() == insn.code() && again.code() != Code::INVALID;
+    let same_mask = again.op_mask() == insn.op_mask() && again.zeroing_masking() == insn.zeroing_masking();
+    let same_rounding = again.rounding_control() == insn.rounding_control()
+        && again.suppress_all_exceptions() == insn.suppress_all_exceptions()
+        && again.is_broadcast() == insn.is_broadcast();
     same_code
+        && same_mask
+        && same_rounding
         && again.len() == bytes.len()
         && again.op_count() == insn.op_count()
         && (0..insn.op_count()).all(|i| match insn.op_kind(i) {

@@ -1,7 +1,5 @@
 //! The x87, SSE and AVX state of one processor, laid out for thunks.
 
-use skep_hv::state::StateError;
-
 /// Components of the extended state as bits of XCR0, XSTATE_BV and XINUSE (SDM vol. 1 §13.1).
 pub(crate) mod component {
     /// x87 state.
@@ -10,8 +8,18 @@ pub(crate) mod component {
     pub(crate) const SSE: u64 = 1 << 1;
     /// Upper halves of the YMM registers.
     pub(crate) const AVX: u64 = 1 << 2;
-    /// Everything this processor has.
-    pub(crate) const ALL: u64 = X87 | SSE | AVX;
+    /// Opmask registers.
+    pub(crate) const OPMASK: u64 = 1 << 5;
+    /// Upper halves of the first 16 ZMM registers.
+    pub(crate) const ZMM_HIGH: u64 = 1 << 6;
+    /// The other 16 ZMM registers.
+    pub(crate) const HI16: u64 = 1 << 7;
+    /// What AVX-512 adds.
+    pub(crate) const AVX512: u64 = OPMASK | ZMM_HIGH | HI16;
+    /// What every processor's area has room for.
+    pub(crate) const BASIC: u64 = X87 | SSE | AVX;
+    /// Everything this processor may have.
+    pub(crate) const ALL: u64 = BASIC | AVX512;
 }
 
 /// MXCSR after reset: all exceptions masked, round to nearest.
@@ -23,12 +31,8 @@ pub(crate) const MXCSR_MASK: u32 = 0xffff;
 pub(super) const LEGACY: usize = 512;
 /// Where the XSAVE header ends and extended components begin.
 pub(super) const EXTENDED: usize = LEGACY + 64;
-/// Offset of the AVX component, in the standard format and (as nothing precedes it) in the compacted one.
-pub(super) const AVX_AT: usize = EXTENDED;
-/// Size of the AVX component.
-pub(super) const AVX_SIZE: usize = 256;
-/// Length of a standard-format area with all components.
-pub(super) const AREA: usize = AVX_AT + AVX_SIZE;
+/// Most bytes of an area with all components.
+pub(super) const AREA: usize = 2688;
 
 /// Registers and scratch space of a thunk, at offsets that generated code knows.
 #[derive(Clone)]
@@ -36,6 +40,8 @@ pub(super) const AREA: usize = AVX_AT + AVX_SIZE;
 pub(crate) struct Frame {
     /// Vector registers, 64 bytes each so that wider ones have their place.
     pub(super) vector: [[u64; 8]; 32],
+    /// Opmask registers.
+    pub(super) opmask: [u64; 8],
     /// Where the memory operand of a re-encoded instruction lies.
     pub(super) operand: [u8; 64],
     /// x87 and MMX registers and their environment as an FXSAVE64 image. XMM registers and MXCSR in it mean nothing.
@@ -53,6 +59,9 @@ impl FrameLayout {
     /// 64 bytes for each register.
     pub(crate) const VECTOR: i32 =
         (std::mem::offset_of!(Fpu, frame) + std::mem::offset_of!(Frame, vector)) as i32;
+    /// Opmask registers.
+    pub(crate) const OPMASK: i32 =
+        (std::mem::offset_of!(Fpu, frame) + std::mem::offset_of!(Frame, opmask)) as i32;
     /// MXCSR.
     pub(crate) const MXCSR: i32 =
         (std::mem::offset_of!(Fpu, frame) + std::mem::offset_of!(Frame, mxcsr)) as i32;
@@ -99,6 +108,7 @@ impl Fpu {
     pub(crate) fn new() -> Self {
         let frame = Frame {
             vector: [[0; 8]; 32],
+            opmask: [0; 8],
             operand: [0; 64],
             x87: [0; LEGACY],
             mxcsr: MXCSR_INIT,
@@ -114,8 +124,8 @@ impl Fpu {
     /// and every virtual machine monitor counts on). INIT leaves this state alone.
     pub(crate) fn reset(&mut self) {
         self.init_x87();
-        self.init_sse(16);
-        self.init_avx(16);
+        self.frame.vector = [[0; 8]; 32];
+        self.frame.opmask = [0; 8];
         self.frame.mxcsr = MXCSR_INIT;
     }
 
@@ -141,32 +151,26 @@ impl Fpu {
         }
     }
 
-    /// Upper halves of the first `count` YMM registers zero.
-    pub(super) fn init_avx(&mut self, count: usize) {
-        for register in &mut self.frame.vector[..count] {
-            register[2..4].fill(0);
-        }
-    }
-
     /// FXRSTOR loads MXCSR from the image: it must hold something valid.
     fn set_image_mxcsr(&mut self) {
         self.frame.x87[fx::MXCSR..fx::MXCSR + 4].copy_from_slice(&MXCSR_INIT.to_le_bytes());
     }
 
-    /// Which components differ from their initial configuration. MXCSR does not count.
-    pub(crate) fn xinuse(&self) -> u64 {
-        let vectors = &self.frame.vector[..16];
-        let mut inuse = 0;
-        if !self.x87_is_initial() {
-            inuse |= component::X87;
-        }
-        if vectors.iter().any(|v| v[..2] != [0, 0]) {
-            inuse |= component::SSE;
-        }
-        if vectors.iter().any(|v| v[2..4] != [0, 0]) {
-            inuse |= component::AVX;
-        }
-        inuse
+    /// Which of the components `among` differ from their initial configuration. MXCSR does not count.
+    pub(crate) fn xinuse(&self, among: u64) -> u64 {
+        let (low, high) = self.frame.vector.split_at(16);
+        let any =
+            |range: std::ops::Range<usize>| low.iter().any(|v| v[range.clone()].iter().any(|&w| w != 0));
+        let in_use = |component| match component {
+            component::X87 => !self.x87_is_initial(),
+            component::SSE => any(0..2),
+            component::AVX => any(2..4),
+            component::OPMASK => self.frame.opmask != [0; 8],
+            component::ZMM_HIGH => any(4..8),
+            component::HI16 => high.iter().any(|v| *v != [0; 8]),
+            _ => false,
+        };
+        (0..8).map(|n| 1 << n).filter(|&bit| among & bit != 0 && in_use(bit)).sum()
     }
 
     fn x87_is_initial(&self) -> bool {
@@ -208,22 +212,21 @@ impl Fpu {
         self.set_word(fx::FSW, fsw & !(FSW_ES | FSW_B) | summary);
     }
 
-    /// Sets what a program can see: an FXSAVE64 image up to the XMM registers, with MXCSR, and the YMM registers.
-    pub(crate) fn set_visible(&mut self, image: &[u8; 160], ymm: &[[u64; 4]; 16]) {
+    /// Sets what a program can see: an FXSAVE64 image up to the XMM registers, with MXCSR, the vector registers and the
+    /// opmask registers.
+    pub(crate) fn set_visible(&mut self, image: &[u8; 160], vector: &[[u64; 8]; 32], opmask: &[u64; 8]) {
         self.get_x87(image, true);
         self.frame.mxcsr = image_mxcsr(image) & MXCSR_MASK;
-        for (to, from) in self.frame.vector.iter_mut().zip(ymm) {
-            to[..4].copy_from_slice(from);
-        }
+        self.frame.vector = *vector;
+        self.frame.opmask = *opmask;
     }
 
     /// What a program can see, likewise.
-    pub(crate) fn visible(&self, image: &mut [u8; 160], ymm: &mut [[u64; 4]; 16]) {
+    pub(crate) fn visible(&self, image: &mut [u8; 160], vector: &mut [[u64; 8]; 32], opmask: &mut [u64; 8]) {
         self.put_x87(image, true);
         put_image_mxcsr(image, self.frame.mxcsr);
-        for (to, from) in ymm.iter_mut().zip(&self.frame.vector) {
-            to.copy_from_slice(&from[..4]);
-        }
+        *vector = self.frame.vector;
+        *opmask = self.frame.opmask;
     }
 
     /// Says what of another state is not as in this one, the interpreter's.
@@ -231,6 +234,10 @@ impl Fpu {
         let (ours, theirs) = (&self.frame, &translated.frame);
         for (n, (a, b)) in ours.vector.iter().zip(&theirs.vector).enumerate().filter(|(_, (a, b))| a != b) {
             differences.push(format!("vector {n}: interpreter {a:x?}, translated {b:x?}"));
+        }
+        if ours.opmask != theirs.opmask {
+            let (a, b) = (ours.opmask, theirs.opmask);
+            differences.push(format!("opmask: interpreter {a:x?}, translated {b:x?}"));
         }
         if ours.mxcsr != theirs.mxcsr {
             differences.push(format!("mxcsr: interpreter {:#x}, translated {:#x}", ours.mxcsr, theirs.mxcsr));
@@ -248,7 +255,7 @@ impl Fpu {
 
     /// XMM register `n` as bytes.
     pub(super) fn xmm(&self, n: usize) -> [u8; 16] {
-        join(&self.frame.vector[n & 15][..2])
+        join(&self.frame.vector[n & 31][..2])
     }
 
     /// Sets XMM register `n`, leaving what lies above.
@@ -256,127 +263,14 @@ impl Fpu {
         split(value, &mut self.frame.vector[n & 15][..2]);
     }
 
-    /// Upper half of YMM register `n`.
-    pub(super) fn ymm_high(&self, n: usize) -> [u8; 16] {
-        join(&self.frame.vector[n & 15][2..4])
+    /// Vector register `n` as bytes.
+    pub(super) fn bytes(&self, n: usize) -> [u8; 64] {
+        join(&self.frame.vector[n & 31])
     }
 
-    /// Sets the upper half of YMM register `n`.
-    pub(super) fn set_ymm_high(&mut self, n: usize, value: &[u8; 16]) {
-        split(value, &mut self.frame.vector[n & 15][2..4]);
-    }
-
-    /// YMM register `n` as bytes.
-    pub(super) fn ymm(&self, n: usize) -> [u8; 32] {
-        join(&self.frame.vector[n & 15][..4])
-    }
-
-    /// The whole state as a standard-format XSAVE area.
-    pub(crate) fn save_area(&self) -> Vec<u8> {
-        let mut area = vec![0; AREA];
-        self.put_x87(&mut area, true);
-        put_image_mxcsr(&mut area, self.frame.mxcsr);
-        self.put_xmm(&mut area, 16);
-        for n in 0..16 {
-            area[AVX_AT + 16 * n..][..16].copy_from_slice(&self.ymm_high(n));
-        }
-        area[LEGACY..LEGACY + 8].copy_from_slice(&component::ALL.to_le_bytes());
-        area
-    }
-
-    /// Loads the whole state from a standard-format XSAVE area.
-    pub(crate) fn load_area(&mut self, area: &[u8]) -> Result<(), StateError> {
-        let word = |at: usize| area[at..at + 8].iter().rev().fold(0, |v, &b| v << 8 | u64::from(b));
-        if area.len() < EXTENDED {
-            let value = area.len() as u64;
-            return Err(StateError::Value {
-                field: "fpu.xsave length",
-                value,
-                why: "an XSAVE area has 576 bytes at least",
-            });
-        }
-        let (present, compacted) = (word(LEGACY), word(LEGACY + 8));
-        if present & !component::ALL != 0 {
-            return Err(StateError::Value {
-                field: "fpu.xsave XSTATE_BV",
-                value: present,
-                why: "this processor has x87, SSE and AVX state only",
-            });
-        }
-        if compacted != 0 || area[LEGACY + 16..EXTENDED].iter().any(|&b| b != 0) {
-            let why = "the standard format has zeros in the rest of its header";
-            return Err(StateError::Value { field: "fpu.xsave XCOMP_BV", value: compacted, why });
-        }
-        if present & component::AVX != 0 && area.len() < AREA {
-            let value = area.len() as u64;
-            return Err(StateError::Value {
-                field: "fpu.xsave length",
-                value,
-                why: "too short for the AVX component",
-            });
-        }
-        let mxcsr = image_mxcsr(area);
-        if mxcsr & !MXCSR_MASK != 0 {
-            return Err(StateError::Value {
-                field: "fpu.xsave MXCSR",
-                value: mxcsr.into(),
-                why: "reserved bits are set",
-            });
-        }
-        self.reset();
-        self.frame.mxcsr = mxcsr;
-        if present & component::X87 != 0 {
-            self.get_x87(area, true);
-        }
-        if present & component::SSE != 0 {
-            self.get_xmm(area, 16);
-        }
-        if present & component::AVX != 0 {
-            self.get_avx(&area[AVX_AT..], 16);
-        }
-        Ok(())
-    }
-
-    /// As [`Fpu::load_area`], from an area that may hold components which this processor does not have.
-    pub(crate) fn load_known(&mut self, area: &[u8]) -> Result<(), StateError> {
-        let mut known = [0; AREA];
-        let len = area.len().min(AREA);
-        known[..len].copy_from_slice(&area[..len]);
-        known[LEGACY] &= component::ALL as u8;
-        known[LEGACY + 1..LEGACY + 8].fill(0);
-        self.load_area(&known[..len])
-    }
-
-    /// Writes what is known into the area that [`Fpu::load_known`] was given; whether that changed it.
-    pub(crate) fn store_known(&self, area: &mut [u8]) -> bool {
-        let now = self.save_area();
-        let was = u64::from(area[LEGACY]) & component::ALL;
-        // Initial components that are marked as such stay so: the VM may not have them.
-        let present = was | self.xinuse();
-        let mut changed = false;
-        let mut put = |at: usize, from: &[u8]| {
-            if let Some(to) = area.get_mut(at..at + from.len())
-                && to != from
-            {
-                to.copy_from_slice(from);
-                changed = true;
-            }
-        };
-        put(fx::MXCSR, &now[fx::MXCSR..fx::MXCSR_MASK]);
-        for (bit, at, end) in [
-            (component::X87, 0, fx::MXCSR),
-            (component::X87, fx::ST, fx::XMM),
-            (component::SSE, fx::XMM, fx::XMM + 256),
-            (component::AVX, AVX_AT, AREA),
-        ] {
-            if present & bit != 0 {
-                put(at, &now[at..end]);
-            }
-        }
-        let marked = area[LEGACY] | present as u8;
-        changed |= marked != area[LEGACY];
-        area[LEGACY] = marked;
-        changed
+    /// Sets all of a vector register.
+    pub(super) fn set_bytes(&mut self, n: usize, value: &[u8; 64]) {
+        split(value, &mut self.frame.vector[n & 31]);
     }
 
     /// Writes the x87 component into a legacy region, with 64-bit pointers if `wide`, else with offsets and selectors;
@@ -440,15 +334,6 @@ impl Fpu {
             }
         }
     }
-
-    /// Reads the upper halves of the first `count` YMM registers.
-    pub(super) fn get_avx(&mut self, from: &[u8], count: usize) {
-        for n in 0..count {
-            if let Some(value) = from.get(16 * n..).and_then(|s| s.first_chunk()) {
-                self.set_ymm_high(n, value);
-            }
-        }
-    }
 }
 
 /// MXCSR in a legacy region.
@@ -462,7 +347,7 @@ pub(super) fn put_image_mxcsr(area: &mut [u8], mxcsr: u32) {
     area[fx::MXCSR_MASK..fx::MXCSR_MASK + 4].copy_from_slice(&MXCSR_MASK.to_le_bytes());
 }
 
-fn join<const N: usize>(words: &[u64]) -> [u8; N] {
+pub(super) fn join<const N: usize>(words: &[u64]) -> [u8; N] {
     let mut bytes = [0; N];
     for (to, word) in bytes.chunks_exact_mut(8).zip(words) {
         to.copy_from_slice(&word.to_le_bytes());
@@ -470,52 +355,8 @@ fn join<const N: usize>(words: &[u64]) -> [u8; N] {
     bytes
 }
 
-fn split(bytes: &[u8], words: &mut [u64]) {
+pub(super) fn split(bytes: &[u8], words: &mut [u64]) {
     for (word, from) in words.iter_mut().zip(bytes.chunks_exact(8)) {
         *word = from.iter().rev().fold(0, |v, &b| v << 8 | u64::from(b));
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_state_survives_an_area() {
-        let mut fpu = Fpu::new();
-        assert_eq!(fpu.xinuse(), 0);
-        for n in 0..16 {
-            fpu.set_xmm(n, &[n as u8 + 1; 16]);
-            fpu.set_ymm_high(n, &[n as u8 + 100; 16]);
-        }
-        fpu.frame.mxcsr = 0x1fa0;
-        fpu.set_word(fx::FSW, 0x3800);
-        fpu.set_pointer(fx::FIP, 0x1234_5678_9abc);
-        fpu.frame.x87[fx::ST..fx::ST + 10].fill(7);
-        let area = fpu.save_area();
-        let mut copy = Fpu::new();
-        copy.load_area(&area).expect("its own area");
-        assert_eq!(copy.save_area(), area);
-        assert_eq!(copy.xinuse(), component::ALL);
-        copy.reset();
-        assert_eq!(copy.xinuse(), 0);
-    }
-
-    #[test]
-    fn hostile_areas_are_refused() {
-        let good = Fpu::new().save_area();
-        let mut fpu = Fpu::new();
-        for length in 0..EXTENDED {
-            assert!(fpu.load_area(&good[..length]).is_err());
-        }
-        assert!(fpu.load_area(&good[..AREA - 1]).is_err(), "AVX is said to be there");
-        for (at, value) in
-            [(fx::MXCSR + 2, 1), (LEGACY, 8), (LEGACY + 7, 0x80), (LEGACY + 15, 0x80), (LEGACY + 63, 1)]
-        {
-            let mut bad = good.clone();
-            bad[at] = value;
-            assert!(fpu.load_area(&bad).is_err(), "byte {at}");
-        }
-        assert_eq!(fpu.save_area(), good, "nothing was loaded");
     }
 }

@@ -64,7 +64,7 @@ pub(super) fn select(insn: &Instruction, op: &mut Op, cpuid: &CpuidTable) -> Opt
         M::Vmaskmovpd | M::Vpmaskmovq | M::Vgatherdpd | M::Vgatherqpd | M::Vpgatherdq | M::Vpgatherqq => 8,
         _ => return None,
     };
-    if !gate::offered(insn, cpuid) {
+    if insn.code().encoding() != iced_x86::EncodingKind::VEX || !gate::offered(insn, cpuid) {
         return None;
     }
     let index = insn.memory_index();
@@ -199,7 +199,9 @@ fn load_masked<const SIZE: usize>(cpu: &mut Cpu, op: &Op) -> Exec {
             value[at / 8 & 3] |= element << (8 * (at % 8));
         }
     }
-    cpu.fpu.frame.vector[plan.data as usize][..4].copy_from_slice(&value);
+    let data = &mut cpu.fpu.frame.vector[plan.data as usize];
+    data[..4].copy_from_slice(&value);
+    data[4..].fill(0);
     Ok(())
 }
 
@@ -239,7 +241,7 @@ fn gather_elements<const SIZE: usize>(cpu: &mut Cpu, op: &Op) -> Exec {
         let ones = if cpu.selected::<SIZE>(plan.mask, i) { u64::MAX } else { 0 };
         cpu.set_element::<SIZE>(plan.mask, i, ones);
     }
-    for i in plan.mask_count as usize..32 / SIZE {
+    for i in plan.mask_count as usize..64 / SIZE {
         cpu.set_element::<SIZE>(plan.mask, i, 0);
     }
     for i in 0..plan.count as usize {
@@ -252,16 +254,16 @@ fn gather_elements<const SIZE: usize>(cpu: &mut Cpu, op: &Op) -> Exec {
             let linear = cpu.seg_linear(op.seg as usize, at, SIZE as u64, Access::Read)?;
             let value = cpu.read_element::<SIZE>(linear)?;
             cpu.set_element::<SIZE>(plan.data, i, value);
-            for i in plan.mask_count as usize..32 / SIZE {
+            for i in plan.mask_count as usize..64 / SIZE {
                 cpu.set_element::<SIZE>(plan.data, i, 0);
             }
         }
         cpu.set_element::<SIZE>(plan.mask, i, 0);
     }
-    for i in plan.count as usize..32 / SIZE {
+    for i in plan.count as usize..64 / SIZE {
         cpu.set_element::<SIZE>(plan.data, i, 0);
     }
-    cpu.fpu.frame.vector[plan.mask as usize][..4].fill(0);
+    cpu.fpu.frame.vector[plan.mask as usize].fill(0);
     Ok(())
 }
 

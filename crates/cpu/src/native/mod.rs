@@ -4,8 +4,9 @@
 //! wrapped into a function that loads the guest's registers before and stores them after ([`thunk`]), and called. What
 //! is ours is all round it: whether the instruction is there and enabled ([`gate`]), how its operand comes from and goes
 //! to guest memory ([`operand`], [`plain`]), exceptions, and the few instructions whose effect is to move state ([`x87`],
-//! [`xsave`], [`masked`], [`moves`], [`control`]).
+//! [`xsave`], [`masked`], [`opmask`], [`moves`], [`control`]).
 
+mod area;
 mod arena;
 mod control;
 mod encode;
@@ -14,6 +15,7 @@ mod gate;
 mod masked;
 mod moves;
 mod operand;
+mod opmask;
 mod plain;
 #[cfg(test)]
 mod tests;
@@ -45,5 +47,6 @@ pub(crate) fn select(
         .or_else(|| x87::select(insn, op, cpuid))
         .or_else(|| xsave::select(insn, op, cpuid))
         .or_else(|| masked::select(insn, op, cpuid))
+        .or_else(|| opmask::select(insn, op, cpuid))
         .or_else(|| plain::select(insn, bytes, op, code, thunks, cpuid))
 }

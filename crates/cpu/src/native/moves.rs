@@ -15,7 +15,11 @@ use crate::regs::Word;
 /// [`Op::imm`].
 pub(super) fn select(insn: &Instruction, op: &mut Op) -> Option<Handler> {
     use Mnemonic as M;
-    let vex = insn.code().encoding() == EncodingKind::VEX;
+    let vex = match insn.code().encoding() {
+        EncodingKind::Legacy => false,
+        EncodingKind::VEX => true,
+        _ => return None,
+    };
     match insn.mnemonic() {
         M::Movnti => return store_general(insn, op),
         M::Movaps | M::Movups | M::Movapd | M::Movupd | M::Movdqa | M::Movdqu | M::Lddqu | M::Movntdqa => {}
@@ -77,8 +81,8 @@ fn load<const UNIT: u8, const SIZE: u64, const ALIGNED: bool>(cpu: &mut Cpu, op:
     let linear = cpu.operand(op, SIZE, ALIGNED, Access::Read)?;
     let n = op.dst as usize & 31;
     cpu.load_vector(n, linear, SIZE)?;
-    if UNIT == Unit::AVX && SIZE == 16 {
-        cpu.fpu.frame.vector[n][2..4].fill(0);
+    if UNIT == Unit::AVX {
+        cpu.fpu.frame.vector[n][SIZE as usize / 8..].fill(0);
     }
     Ok(())
 }
@@ -96,7 +100,7 @@ fn copy<const UNIT: u8, const SIZE: usize>(cpu: &mut Cpu, op: &Op) -> Exec {
     let to = &mut vector[op.dst as usize & 31];
     to[..SIZE / 8].copy_from_slice(&from[..SIZE / 8]);
     if UNIT == Unit::AVX {
-        to[SIZE / 8..4].fill(0);
+        to[SIZE / 8..].fill(0);
     }
     Ok(())
 }

@@ -31,11 +31,27 @@ unsafe fn copy(from: *const u8, to: *mut u8, size: u64) {
                 x = out(xmm_reg) _, y = out(xmm_reg) _, f = in(reg) from, t = in(reg) to,
                 options(nostack, preserves_flags))
             }
+            64 => copy_line(from, to),
             _ => {
                 asm!("rep movsb", inout("rsi") from => _, inout("rdi") to => _, inout("rcx") size => _,
                     options(nostack, preserves_flags));
             }
         }
+    }
+}
+
+/// Copies 64 bytes.
+///
+/// # Safety
+/// As for [`copy`].
+#[inline(always)]
+unsafe fn copy_line(from: *const u8, to: *mut u8) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        asm!("movups {x}, [{f}]", "movups {y}, [{f} + 16]", "movups {z}, [{f} + 32]", "movups {w}, [{f} + 48]",
+            "movups [{t}], {x}", "movups [{t} + 16], {y}", "movups [{t} + 32], {z}", "movups [{t} + 48], {w}",
+            x = out(xmm_reg) _, y = out(xmm_reg) _, z = out(xmm_reg) _, w = out(xmm_reg) _,
+            f = in(reg) from, t = in(reg) to, options(nostack, preserves_flags));
     }
 }
 
@@ -149,7 +165,7 @@ impl Cpu {
         if self.tlb.write(linear, size).is_some() { Ok(()) } else { self.probe(linear, size, Access::Write) }
     }
 
-    /// Copies the vector register `n` to guest memory: `size` is 16 or 32.
+    /// Copies the vector register `n` to guest memory: `size` is 16, 32 or 64.
     #[inline(always)]
     pub(super) fn store_vector(&mut self, n: usize, linear: u64, size: u64) -> Exec {
         let from = self.fpu.frame.vector[n & 31].as_ptr().cast::<u8>();
@@ -166,11 +182,11 @@ impl Cpu {
             unsafe { copy(from, at, size.min(64)) };
             return Ok(());
         }
-        let bytes = self.fpu.ymm(n);
-        self.write_bytes(linear, &bytes[..(size as usize).min(32)])
+        let bytes = self.fpu.bytes(n);
+        self.write_bytes(linear, &bytes[..(size as usize).min(64)])
     }
 
-    /// Copies guest memory to the vector register `n`: `size` is 16 or 32. The rest of the register stays.
+    /// Copies guest memory to the vector register `n`: `size` is 16, 32 or 64. The rest of the register stays.
     #[inline(always)]
     pub(super) fn load_vector(&mut self, n: usize, linear: u64, size: u64) -> Exec {
         if let Some(at) = self.tlb.read(linear, size) {
@@ -182,7 +198,7 @@ impl Cpu {
         self.load_operand(linear, size)?;
         let frame = &mut self.fpu.frame;
         for (word, from) in
-            frame.vector[n & 31].iter_mut().zip(frame.operand[..size as usize & 63].chunks_exact(8))
+            frame.vector[n & 31].iter_mut().zip(frame.operand[..(size as usize).min(64)].chunks_exact(8))
         {
             *word = from.iter().rev().fold(0, |v, &b| v << 8 | u64::from(b));
         }

@@ -2,13 +2,14 @@
 
 use iced_x86::{
     CpuidFeature, EncodingKind, Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind, Register,
+    RoundingControl,
 };
 use skep_hv::cpuid::CpuidTable;
 
 use super::gate::{self, Unit};
-use super::moves;
 use super::thunk::{Thunks, uses_mxcsr};
 use super::x87;
+use super::{moves, opmask};
 use crate::cpu::{CodeSize, Cpu};
 use crate::fault::{Exec, vector};
 use crate::mmu::Access;
@@ -25,6 +26,8 @@ impl Plan {
     const UNCHECKED: u64 = 1 << 44;
     /// Runs under the guest's MXCSR.
     const WANTS_MXCSR: u64 = 1 << 46;
+    /// Flushes to zero without ever raising underflow.
+    const NO_UNDERFLOW: u64 = 1 << 47;
     /// VCVTPS2PH.
     const NARROWING: u64 = 1 << 45;
     /// x87: does not wait for pending exceptions.
@@ -43,9 +46,14 @@ impl Plan {
         self.0 as u32 & 0xf_ffff
     }
 
-    /// VCVTPS2PH: the register that it writes, 16 for memory.
+    /// VCVTPS2PH: the register that it writes, 32 for memory.
     fn narrowing(self) -> Option<usize> {
-        (self.0 & Self::NARROWING != 0).then_some((self.0 >> 24) as usize & 0x1f)
+        (self.0 & Self::NARROWING != 0).then_some((self.0 >> 24) as usize & 0x3f)
+    }
+
+    /// Number of the opmask register; 0: none.
+    pub(super) fn opmask(self) -> usize {
+        (self.0 >> 20) as usize & 7
     }
 
     /// Bytes of the memory operand.
@@ -142,6 +150,7 @@ fn thunk(
     code: CodeSize,
     thunks: &mut Thunks,
 ) -> Option<Handler> {
+    use Mnemonic as M;
     let unit = unit(insn);
     let made = thunks.get(insn, bytes, code, unit)?;
     let access = memory_access(insn)?;
@@ -151,22 +160,52 @@ fn thunk(
     }
     if uses_mxcsr(insn.mnemonic()) {
         // Thunks with an x87 image load MXCSR themselves, behind the image's.
-        plan.0 |= Plan::ARITHMETIC | if unit == Unit::MmxSse { 0 } else { Plan::WANTS_MXCSR };
+        plan.0 |= if raises_exceptions(insn) { Plan::ARITHMETIC } else { 0 };
+        plan.0 |= if matches!(insn.mnemonic(), M::Vreduceps | M::Vreducepd | M::Vreducess | M::Vreducesd) {
+            Plan::NO_UNDERFLOW
+        } else {
+            0
+        };
+        plan.0 |= if unit == Unit::MmxSse { 0 } else { Plan::WANTS_MXCSR };
     }
     if matches!(insn.mnemonic(), Mnemonic::Vcvtph2ps | Mnemonic::Vcvtps2ph) {
         plan.0 |= Plan::UNCHECKED;
     }
     if insn.mnemonic() == Mnemonic::Vcvtps2ph {
-        plan.0 |= Plan::NARROWING | u64::from(vector_number(insn.op0_register()).unwrap_or(16)) << 24;
+        plan.0 |= Plan::NARROWING | u64::from(vector_number(insn.op0_register()).unwrap_or(32)) << 24;
     }
     if x87::no_wait(insn.mnemonic()) {
         plan.0 |= Plan::NO_WAIT;
+    }
+    if unit == Unit::Avx512 {
+        opmask::describe(insn, op);
+        if insn.op_mask() != Register::None {
+            plan.0 |= (insn.op_mask().number() as u64 & 7) << 20;
+        }
     }
     if unit != Unit::X87 || x87::no_wait(insn.mnemonic()) {
         plan.0 |= Plan::STORES_ALWAYS;
     }
     op.imm = plan.0;
     Some(handler(unit, access))
+}
+
+/// Whether an instruction that depends on MXCSR may raise exceptions there.
+fn raises_exceptions(insn: &Instruction) -> bool {
+    use Mnemonic as M;
+    let approximates = matches!(
+        insn.mnemonic(),
+        M::Vrcp14ps
+            | M::Vrcp14pd
+            | M::Vrcp14ss
+            | M::Vrcp14sd
+            | M::Vrsqrt14ps
+            | M::Vrsqrt14pd
+            | M::Vrsqrt14ss
+            | M::Vrsqrt14sd
+    );
+    let suppressed = insn.suppress_all_exceptions() || insn.rounding_control() != RoundingControl::None;
+    !approximates && !suppressed
 }
 
 fn handler(unit: Unit, access: u8) -> Handler {
@@ -183,6 +222,9 @@ fn handler(unit: Unit, access: u8) -> Handler {
         (Unit::Avx, NO_MEMORY) => registers::<{ Unit::AVX }>,
         (Unit::Avx, READ) => load::<{ Unit::AVX }>,
         (Unit::Avx, _) => store::<{ Unit::AVX }>,
+        (Unit::Avx512, NO_MEMORY) => registers::<{ Unit::AVX_512 }>,
+        (Unit::Avx512, READ) => opmask::load,
+        (Unit::Avx512, _) => opmask::store,
         (Unit::X87, access) => x87::handler::<{ Unit::FLOAT }>(access),
         (Unit::Mmx, access) => x87::handler::<{ Unit::MMX }>(access),
         (Unit::MmxSse, access) => x87::handler::<{ Unit::MMX_SSE }>(access),
@@ -195,6 +237,9 @@ fn unit(insn: &Instruction) -> Unit {
         || (0..insn.op_count()).filter(|&i| insn.op_kind(i) == OpKind::Register).map(|i| insn.op_register(i));
     let vex = insn.code().encoding() == EncodingKind::VEX;
     let features = insn.cpuid_features();
+    if insn.code().encoding() == EncodingKind::EVEX || registers().any(|r| r.is_k()) {
+        return Unit::Avx512;
+    }
     let mmx = registers().any(|r| r.is_mm()) || insn.mnemonic() == Mnemonic::Emms;
     if mmx && (registers().any(|r| r.is_xmm()) || uses_mxcsr(insn.mnemonic())) {
         return Unit::MmxSse;
@@ -228,7 +273,7 @@ fn unit(insn: &Instruction) -> Unit {
 }
 
 /// How the memory operand is accessed. `None`: in a way that no handler here knows.
-fn memory_access(insn: &Instruction) -> Option<u8> {
+pub(super) fn memory_access(insn: &Instruction) -> Option<u8> {
     if !(0..insn.op_count()).any(|i| insn.op_kind(i) == OpKind::Memory) {
         return Some(NO_MEMORY);
     }
@@ -248,10 +293,18 @@ fn memory_access(insn: &Instruction) -> Option<u8> {
 /// the name says so (SDM vol. 1 §10.4.1.1, §14.9).
 pub(super) fn must_be_aligned(insn: &Instruction) -> bool {
     use Mnemonic as M;
-    if insn.code().encoding() == EncodingKind::VEX {
+    if insn.code().encoding() != EncodingKind::Legacy {
         return matches!(
             insn.mnemonic(),
-            M::Vmovaps | M::Vmovapd | M::Vmovdqa | M::Vmovntps | M::Vmovntpd | M::Vmovntdq | M::Vmovntdqa
+            M::Vmovaps
+                | M::Vmovdqa32
+                | M::Vmovdqa64
+                | M::Vmovapd
+                | M::Vmovdqa
+                | M::Vmovntps
+                | M::Vmovntpd
+                | M::Vmovntdq
+                | M::Vmovntdqa
         );
     }
     insn.memory_size().size() == 16
@@ -305,9 +358,11 @@ impl Cpu {
     #[inline(never)]
     fn run_unmasked(&mut self, plan: Plan) -> Exec {
         let guest = self.fpu.frame.mxcsr;
-        let unmasked = !(guest >> 7) & FLAGS;
+        let never = if plan.0 & Plan::NO_UNDERFLOW != 0 { UNDERFLOW } else { 0 };
+        let unmasked = !(guest >> 7) & FLAGS & !never;
         let before = Undo {
             vector: self.fpu.frame.vector,
+            opmask: self.fpu.frame.opmask,
             x87: self.fpu.frame.x87,
             regs: self.regs.clone(),
             status: self.status,
@@ -326,7 +381,7 @@ impl Cpu {
         // Flush-to-zero works only while underflow is masked.
         let flush = if unmasked & UNDERFLOW == 0 { guest & FLUSH_TO_ZERO } else { 0 };
         raised |= attempt(self, flush);
-        if unmasked & UNDERFLOW != 0 && self.narrowed_to_denormal(plan) {
+        if unmasked & UNDERFLOW != 0 && self.narrowed_to_denormal(plan, self.opmask(plan)) {
             raised |= UNDERFLOW;
         }
         if raised & unmasked == 0 {
@@ -342,14 +397,16 @@ impl Cpu {
         Err(self.simd_exception())
     }
 
-    /// Whether VCVTPS2PH, which knows no flush to zero, has produced a denormal.
-    fn narrowed_to_denormal(&self, plan: Plan) -> bool {
+    /// Whether VCVTPS2PH, which knows no flush to zero, has produced a denormal in an element that `mask` selects.
+    fn narrowed_to_denormal(&self, plan: Plan, mask: u64) -> bool {
         let denormal = |lane: &[u8]| lane[1] & 0x7c == 0 && (lane[1] & 3 | lane[0]) != 0;
-        match plan.narrowing() {
-            Some(16) => self.fpu.frame.operand[..plan.size() as usize & 63].chunks_exact(2).any(denormal),
-            Some(n) => self.fpu.xmm(n).chunks_exact(2).any(denormal),
-            None => false,
-        }
+        let (bytes, size) = match plan.narrowing() {
+            Some(32) => (self.fpu.frame.operand, plan.size() as usize),
+            Some(n) => (self.fpu.bytes(n), 32),
+            None => return false,
+        };
+        let mut lanes = bytes[..size.min(64)].chunks_exact(2).enumerate();
+        lanes.any(|(i, lane)| mask >> i & 1 != 0 && denormal(lane))
     }
 
     #[cold]
@@ -371,6 +428,7 @@ const FLUSH_TO_ZERO: u32 = 0x8000;
 /// What a thunk may have written.
 struct Undo {
     vector: [[u64; 8]; 32],
+    opmask: [u64; 8],
     x87: [u8; 512],
     regs: crate::regs::Regs,
     status: u16,
@@ -379,6 +437,7 @@ struct Undo {
 impl Undo {
     fn restore(&self, cpu: &mut Cpu) {
         cpu.fpu.frame.vector = self.vector;
+        cpu.fpu.frame.opmask = self.opmask;
         cpu.fpu.frame.x87 = self.x87;
         cpu.regs = self.regs.clone();
         cpu.status = self.status;
@@ -418,7 +477,7 @@ fn store<const UNIT: u8>(cpu: &mut Cpu, op: &Op) -> Exec {
     }
 }
 
-/// Number of an XMM or YMM register.
+/// Number of a vector register.
 pub(super) fn vector_number(register: Register) -> Option<u8> {
     register.is_vector_register().then(|| (register.number() & 31) as u8)
 }
@@ -430,6 +489,8 @@ pub(crate) struct Direct {
     pub(crate) vector: bool,
     /// AVX: the upper halves must be enabled.
     pub(crate) avx: bool,
+    /// AVX-512: all vector and opmask registers must be the guest's.
+    pub(crate) avx512: bool,
     /// Depends on MXCSR, or raises exceptions there.
     pub(crate) arithmetic: bool,
     /// The memory operand must be aligned to its size.
@@ -469,15 +530,17 @@ pub(crate) fn direct(insn: &Instruction, cpuid: &CpuidTable) -> Option<Direct> {
         return None;
     }
     let unit = unit(insn);
-    let (vector, avx) = match unit {
-        Unit::General | Unit::GeneralVex => (false, false),
-        Unit::Sse => (true, false),
-        Unit::Avx => (true, true),
+    let (vector, avx, avx512) = match unit {
+        Unit::General | Unit::GeneralVex => (false, false, false),
+        Unit::Sse => (true, false, false),
+        Unit::Avx => (true, true, false),
+        Unit::Avx512 => (true, true, true),
         Unit::X87 | Unit::Mmx | Unit::MmxSse => return None,
     };
     if !zeroes && unit == Unit::Avx && insn.op_count() == 0 {
         return None;
     }
     memory_access(insn)?;
-    Some(Direct { vector, avx, arithmetic: uses_mxcsr(insn.mnemonic()), aligned: must_be_aligned(insn) })
+    let (arithmetic, aligned) = (uses_mxcsr(insn.mnemonic()), must_be_aligned(insn));
+    Some(Direct { vector, avx, avx512, arithmetic, aligned })
 }

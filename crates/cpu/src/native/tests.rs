@@ -6,6 +6,7 @@ use skep_hv::VmOptions;
 use skep_hv::cpuid::CpuidLeaf;
 use skep_memory::{GuestMemory, RegionKind, RegionSpec};
 
+use super::fpu::component;
 use crate::cpu::{Cpu, cr0, cr4, seg};
 use crate::fault::{Exception, vector};
 use crate::run::Step;
@@ -90,6 +91,62 @@ fn control_registers_decide_what_is_available() {
     expect(|cpu| cpu.cr4 &= !cr4::OSFXSR, [UD, OK, OK, OK, OK, OK, OK, OK]);
     expect(|cpu| cpu.cr4 &= !cr4::OSXSAVE, [OK, UD, OK, OK, OK, OK, OK, UD]);
     expect(|cpu| cpu.xcr0 = 3, [OK, UD, OK, OK, OK, OK, OK, OK]);
+}
+
+#[test]
+fn avx512_is_available_with_all_of_its_state() {
+    if !is_x86_feature_detected!("avx512bw") {
+        return;
+    }
+    // vaddps zmm1, zmm1, zmm2; kmovd k1, ecx
+    for code in [&b"\x62\xf1\x74\x48\x58\xca"[..], b"\xc5\xfb\x92\xc9"] {
+        let with = |change: fn(&mut Cpu)| {
+            let mut cpu = processor(|_, _, _| {});
+            cpu.xcr0 = component::ALL;
+            change(&mut cpu);
+            cpu.refresh_mode();
+            run(&mut cpu, code)
+        };
+        assert_eq!(with(|_| {}), Step::Done, "{code:02x?}");
+        assert_eq!(with(|cpu| cpu.cr0 |= cr0::TS), raised(vector::NM), "{code:02x?}");
+        assert_eq!(with(|cpu| cpu.cr4 &= !cr4::OSXSAVE), raised(vector::UD), "{code:02x?}");
+        assert_eq!(with(|cpu| cpu.xcr0 = component::BASIC), raised(vector::UD), "{code:02x?}");
+    }
+    let mut hidden = processor(|function, _, leaf| {
+        if function == 7 {
+            leaf.ebx &= !(1 << 16);
+        }
+    });
+    hidden.xcr0 = component::ALL;
+    assert_eq!(run(&mut hidden, b"\x62\xf1\x74\x48\x58\xca"), raised(vector::UD));
+}
+
+#[test]
+fn masked_accesses_in_segments_of_32_bit_code() {
+    if !is_x86_feature_detected!("avx512bw") {
+        return;
+    }
+    let mut cpu = processor(|_, _, _| {});
+    cpu.xcr0 = component::ALL;
+    // The segment ends behind the second element.
+    cpu.segs[seg::DS].limit = DATA as u32 + 7;
+    cpu.segs[seg::DS].access &= !(1 << 15);
+    cpu.refresh_mode();
+    cpu.memory.write(DATA, &[1, 0, 0, 0, 2, 0, 0, 0, 3, 0, 0, 0]).expect("room for data");
+    // vmovdqu32 zmm1{k1}{z}, [0x9000]; vmovdqu32 [0x9000]{k1}, zmm2
+    let (load, store) =
+        (b"\x62\xf1\x7e\xc9\x6f\x0d\x00\x90\x00\x00", b"\x62\xf1\x7e\x49\x7f\x15\x00\x90\x00\x00");
+    cpu.fpu.frame.opmask[1] = 0b11;
+    assert_eq!(run(&mut cpu, load), Step::Done);
+    assert_eq!(cpu.fpu.frame.vector[1], [2 << 32 | 1, 0, 0, 0, 0, 0, 0, 0]);
+    cpu.fpu.frame.opmask[1] = 0b10;
+    assert_eq!(run(&mut cpu, store), Step::Done);
+    cpu.fpu.frame.opmask[1] = 0b100;
+    assert_eq!(run(&mut cpu, load), raised(vector::GP));
+    assert_eq!(run(&mut cpu, store), raised(vector::GP));
+    let mut bytes = [0; 12];
+    cpu.memory.read(DATA, &mut bytes).expect("data");
+    assert_eq!(bytes, [1, 0, 0, 0, 0, 0, 0, 0, 3, 0, 0, 0]);
 }
 
 #[test]
@@ -193,7 +250,7 @@ fn environments_survive_memory_in_every_format() {
             for code in [&b"\xd9\xeb"[..], b"\xd9\xe8", b"\xd9\xee"] {
                 assert_eq!(run(&mut cpu, code), Step::Done);
             }
-            let before = cpu.fpu.save_area();
+            let before = cpu.fpu.save_area(component::ALL);
             let address: &[u8] = if bits == 16 { b"\x00\x90" } else { b"\x00\x90\x00\x00" };
             let modrm = |reg: u8| reg << 3 | if bits == 16 { 6 } else { 5 };
             let save = [prefix, &[0xdd, modrm(6)], address].concat();
@@ -201,7 +258,7 @@ fn environments_survive_memory_in_every_format() {
             assert_eq!(run(&mut cpu, &save), Step::Done, "FNSAVE");
             assert_eq!(cpu.fpu.word(super::fpu::fx::FSW), 0);
             assert_eq!(run(&mut cpu, &restore), Step::Done, "FRSTOR");
-            let mut after = cpu.fpu.save_area();
+            let mut after = cpu.fpu.save_area(component::ALL);
             // The narrow formats hold parts of the pointers only.
             after[6..24].copy_from_slice(&before[6..24]);
             assert!(before == after, "{bits}-bit code, prefix {prefix:02x?}, protected {protected}");

@@ -4,12 +4,15 @@ use std::collections::HashMap;
 use std::io;
 use std::mem::offset_of;
 
-use iced_x86::{EncodingKind, Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind, Register};
+use iced_x86::{
+    CpuidFeature, EncodingKind, Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind, Register,
+};
+use skep_hv::cpuid::CpuidTable;
 
 use super::arena::Arena;
 use super::encode::{self, Target};
 use super::fpu::Frame;
-use super::gate::Unit;
+use super::gate::{self, Unit};
 use crate::cpu::{CodeSize, Cpu};
 
 const RAX: u8 = 0;
@@ -37,13 +40,17 @@ pub(crate) struct Thunks {
     arena: Arena,
     /// By the code of the whole thunk: instructions that differ in their memory operand alone share one.
     known: HashMap<Box<[u8]>, u32>,
+    /// The guest has AVX-512: what a VEX-encoded instruction writes it clears as far up as ZMM registers go.
+    wide: bool,
     factory: InstructionInfoFactory,
 }
 
 impl Thunks {
     /// Makes an empty store. Fails where the system denies executable memory.
-    pub(crate) fn new() -> io::Result<Self> {
-        Ok(Self { arena: Arena::new()?, known: HashMap::new(), factory: InstructionInfoFactory::new() })
+    pub(crate) fn new(cpuid: &CpuidTable) -> io::Result<Self> {
+        let wide = gate::feature(CpuidFeature::AVX512F, cpuid);
+        let factory = InstructionInfoFactory::new();
+        Ok(Self { arena: Arena::new()?, known: HashMap::new(), wide, factory })
     }
 
     /// Little room is left: drop all decoded blocks, then [`Thunks::clear`], before decoding another block.
@@ -71,7 +78,7 @@ impl Thunks {
         code: CodeSize,
         unit: Unit,
     ) -> Option<Thunk> {
-        let uses = Uses::of(insn, unit, &mut self.factory)?;
+        let uses = Uses::of(insn, unit, self.wide, &mut self.factory)?;
         let target = Target { base: uses.frame, disp: OPERAND, instead_of_rsp: uses.instead_of_rsp };
         let encoded = encode::encode(insn, bytes, code, target)?;
         let (body, instruction) = uses.emit(&encoded.bytes);
@@ -94,6 +101,18 @@ const HOST_MXCSR: i32 = offset_of!(Frame, host_mxcsr) as i32;
 const REGS: i32 = offset_of!(Cpu, regs) as i32;
 const STATUS: i32 = offset_of!(Cpu, status) as i32;
 
+/// How much of a vector register is moved.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Width {
+    Xmm,
+    Ymm,
+    Zmm,
+}
+
+fn opmask_at(n: u8) -> i32 {
+    (offset_of!(Frame, opmask) + 8 * n as usize) as i32
+}
+
 fn vector_at(n: u8) -> i32 {
     (offset_of!(Frame, vector) + 64 * n as usize) as i32
 }
@@ -105,9 +124,13 @@ struct Uses {
     /// Those it may write.
     gpr_written: u16,
     /// Vector registers, by bit.
-    vector: u16,
+    vector: u32,
     /// Those it may write.
-    vector_written: u16,
+    vector_written: u32,
+    /// Opmask registers, by bit.
+    opmask: u32,
+    /// Those it may write.
+    opmask_written: u32,
     /// Status flags matter, in or out.
     flags: bool,
     /// Status flags change.
@@ -115,7 +138,9 @@ struct Uses {
     /// MXCSR is loaded and stored here: elsewhere that is the caller's affair.
     mxcsr: bool,
     x87: bool,
-    vex: bool,
+    /// How much of a vector register is loaded, and how much is stored.
+    loaded: Width,
+    stored: Width,
     /// Host register that points to the frame.
     frame: u8,
     /// Host register that points to the processor.
@@ -125,17 +150,25 @@ struct Uses {
 }
 
 impl Uses {
-    fn of(insn: &Instruction, unit: Unit, factory: &mut InstructionInfoFactory) -> Option<Self> {
+    fn of(insn: &Instruction, unit: Unit, wide: bool, factory: &mut InstructionInfoFactory) -> Option<Self> {
+        let (loaded, stored) = match (insn.code().encoding(), unit) {
+            (_, Unit::Avx512) => (Width::Zmm, Width::Zmm),
+            (EncodingKind::VEX, Unit::Avx) => (Width::Ymm, if wide { Width::Zmm } else { Width::Ymm }),
+            _ => (Width::Xmm, Width::Xmm),
+        };
         let mut uses = Self {
             gpr: 0,
             gpr_written: 0,
             vector: 0,
             vector_written: 0,
+            opmask: 0,
+            opmask_written: 0,
             flags: (insn.rflags_read() | insn.rflags_modified()) & STATUS_FLAGS != 0,
             flags_written: insn.rflags_modified() & STATUS_FLAGS != 0,
             mxcsr: uses_mxcsr(insn.mnemonic()) && unit == Unit::MmxSse,
             x87: matches!(unit, Unit::X87 | Unit::Mmx | Unit::MmxSse),
-            vex: insn.code().encoding() == EncodingKind::VEX && unit == Unit::Avx,
+            loaded,
+            stored,
             frame: RDI,
             cpu: RSI,
             instead_of_rsp: RSP,
@@ -148,14 +181,20 @@ impl Uses {
                 used.access(),
                 OpAccess::Write | OpAccess::CondWrite | OpAccess::ReadWrite | OpAccess::ReadCondWrite
             );
-            let (all, out) = if register.is_gpr() {
-                (&mut uses.gpr, &mut uses.gpr_written)
-            } else if register.is_vector_register() {
+            if register.is_gpr() {
+                let bit = 1u16.checked_shl(register.full_register().number() as u32)?;
+                uses.gpr |= bit;
+                uses.gpr_written |= if written { bit } else { 0 };
+                continue;
+            }
+            let (all, out) = if register.is_vector_register() {
                 (&mut uses.vector, &mut uses.vector_written)
+            } else if register.is_k() {
+                (&mut uses.opmask, &mut uses.opmask_written)
             } else {
                 continue;
             };
-            let bit = 1u16.checked_shl(register.full_register().number() as u32)?;
+            let bit = 1u32.checked_shl(register.number() as u32)?;
             *all |= bit;
             if written {
                 *out |= bit;
@@ -198,8 +237,8 @@ impl Uses {
     /// The thunk's code, and where the instruction stands in it.
     fn emit(&self, instruction: &[u8]) -> (Vec<u8>, u8) {
         let mut e = Emitter(Vec::with_capacity(128));
-        let hosts = bits(self.gpr).fold(0u16, |set, n| set | 1 << self.host(n));
-        let saved: Vec<u8> = bits(hosts & CALLEE_SAVED).collect();
+        let hosts = bits(self.gpr.into()).fold(0u16, |set, n| set | 1 << self.host(n));
+        let saved: Vec<u8> = bits((hosts & CALLEE_SAVED).into()).collect();
         for &r in &saved {
             e.push(r);
         }
@@ -216,7 +255,10 @@ impl Uses {
             e.fxstate(1, self.frame, X87);
         }
         for n in bits(self.vector) {
-            e.vector(self.vex, false, n, self.frame, vector_at(n));
+            e.vector(self.loaded, false, n, self.frame, vector_at(n));
+        }
+        for n in bits(self.opmask) {
+            e.opmask(false, n, self.frame, opmask_at(n));
         }
         if self.mxcsr {
             e.mxcsr(2, self.frame, MXCSR);
@@ -224,19 +266,22 @@ impl Uses {
         if self.flags {
             e.load_flags(self.cpu, STATUS);
         }
-        for n in bits(self.gpr) {
+        for n in bits(self.gpr.into()) {
             e.load(self.host(n), self.cpu, REGS + 8 * i32::from(n));
         }
         let at = e.0.len() as u8;
         e.0.extend(instruction);
-        for n in bits(self.gpr_written) {
+        for n in bits(self.gpr_written.into()) {
             e.store(self.host(n), self.cpu, REGS + 8 * i32::from(n));
         }
         if self.flags_written {
             e.store_flags(self.cpu, STATUS);
         }
         for n in bits(self.vector_written) {
-            e.vector(self.vex, true, n, self.frame, vector_at(n));
+            e.vector(self.stored, true, n, self.frame, vector_at(n));
+        }
+        for n in bits(self.opmask_written) {
+            e.opmask(true, n, self.frame, opmask_at(n));
         }
         if self.mxcsr {
             e.mxcsr(3, self.frame, MXCSR);
@@ -246,7 +291,7 @@ impl Uses {
             e.0.extend([0xdb, 0xe3]); // fninit
             e.mxcsr(2, self.frame, HOST_MXCSR);
         }
-        if self.vex {
+        if self.loaded != Width::Xmm {
             e.0.extend([0xc5, 0xf8, 0x77]); // vzeroupper
         }
         for &r in saved.iter().rev() {
@@ -267,8 +312,8 @@ const STATUS_FLAGS: u32 = iced_x86::RflagsBits::CF
 /// RBX, RBP, R12-R15.
 const CALLEE_SAVED: u16 = 0xf028;
 
-fn bits(set: u16) -> impl Iterator<Item = u8> {
-    (0..16).filter(move |n| set >> n & 1 != 0)
+fn bits(set: u32) -> impl Iterator<Item = u8> {
+    (0..32).filter(move |n| set >> n & 1 != 0)
 }
 
 /// Whether an explicit operand is `register` (or a part of it).
@@ -322,7 +367,8 @@ fn arithmetic_by_name(mnemonic: Mnemonic) -> bool {
     let scalar_or_packed = ["ps", "pd", "ss", "sd"].iter().any(|suffix| name.ends_with(suffix));
     let stems = [
         "add", "sub", "mul", "div", "sqrt", "max", "min", "cmp", "com", "ucom", "round", "dp", "hadd",
-        "hsub", "fmadd", "fmsub", "fnmadd", "fnmsub",
+        "hsub", "fmadd", "fmsub", "fnmadd", "fnmsub", "getexp", "getmant", "fixupimm", "fpclass", "range",
+        "reduce", "rndscale", "scalef", "rcp14", "rsqrt14",
     ];
     scalar_or_packed && stems.iter().any(|stem| name.starts_with(stem))
 }
@@ -379,16 +425,24 @@ impl Emitter {
         self.memory(None, true, &[0x0f, 0xae], which, base, disp);
     }
 
-    /// MOVUPS of an XMM register, or VMOVUPS of a YMM register.
-    fn vector(&mut self, vex: bool, store: bool, reg: u8, base: u8, disp: i32) {
+    /// MOVUPS of an XMM register, or VMOVUPS of a wider one.
+    fn vector(&mut self, width: Width, store: bool, reg: u8, base: u8, disp: i32) {
         let opcode = 0x10 | u8::from(store);
-        if vex {
-            self.0.extend([0xc4, (reg >> 3 ^ 1) << 7 | 0x40 | (base >> 3 ^ 1) << 5 | 1, 0x7c, opcode]);
-            self.0.push(0x80 | (reg & 7) << 3 | base & 7);
-            self.0.extend(disp.to_le_bytes());
-        } else {
-            self.memory(None, false, &[0x0f, opcode], reg, base, disp);
+        let rxb = (reg >> 3 & 1 ^ 1) << 7 | 0x40 | (base >> 3 ^ 1) << 5;
+        match width {
+            Width::Xmm => return self.memory(None, false, &[0x0f, opcode], reg, base, disp),
+            Width::Ymm => self.0.extend([0xc4, rxb | 1, 0x7c, opcode]),
+            Width::Zmm => self.0.extend([0x62, rxb | (reg >> 4 ^ 1) << 4 | 1, 0x7c, 0x48, opcode]),
         }
+        self.0.push(0x80 | (reg & 7) << 3 | base & 7);
+        self.0.extend(disp.to_le_bytes());
+    }
+
+    /// KMOVQ of an opmask register.
+    fn opmask(&mut self, store: bool, reg: u8, base: u8, disp: i32) {
+        self.0.extend([0xc4, 0xc1 | (base >> 3 ^ 1) << 5, 0xf8, 0x90 | u8::from(store)]);
+        self.0.push(0x80 | (reg & 7) << 3 | base & 7);
+        self.0.extend(disp.to_le_bytes());
     }
 
     /// Status word to flags: adding 127 to AL restores OF, SAHF the others. AX is lost.

@@ -3,9 +3,9 @@
 use iced_x86::{Code, CpuidFeature, Instruction};
 use skep_hv::cpuid::CpuidTable;
 
+use super::area::{COMPONENTS, Component};
 use super::fpu::{
-    AREA, AVX_AT, AVX_SIZE, EXTENDED, LEGACY, MXCSR_INIT, MXCSR_MASK, component, fx, image_mxcsr,
-    put_image_mxcsr,
+    AREA, EXTENDED, LEGACY, MXCSR_INIT, MXCSR_MASK, component, fx, image_mxcsr, put_image_mxcsr,
 };
 use super::gate;
 use crate::cpu::{CodeSize, Cpu};
@@ -51,7 +51,7 @@ impl Kind {
 }
 
 impl Cpu {
-    /// XMM and YMM registers that the mode has.
+    /// Registers of each of XMM and YMM that the mode has.
     fn vector_count(&self) -> usize {
         if self.mode.code == CodeSize::Bits64 { 16 } else { 8 }
     }
@@ -91,6 +91,27 @@ impl Cpu {
     fn probe_part(&mut self, op: &Op, at: usize, len: usize) -> Exec {
         let linear = self.area_part(op, at, len, Access::Write)?;
         self.probe(linear, len as u64, Access::Write)
+    }
+
+    /// Processors look at the end of what is asked for of AVX-512's state, even if none of it is moved. `format`: the components
+    /// of the compacted format, if it is that.
+    fn probe_end(
+        &mut self,
+        op: &Op,
+        requested: u64,
+        format: Option<u64>,
+        count: usize,
+        access: Access,
+    ) -> Exec {
+        let there = |c: &Component| requested & component::AVX512 & c.bit != 0 && c.len(count) != 0;
+        let end = |c: &Component| format.map_or(c.standard(), |f| c.compacted(f)) + c.len(count);
+        match COMPONENTS.iter().filter(|c| there(c)).map(end).max() {
+            Some(end) => {
+                let linear = self.area_part(op, end - 1, 1, access)?;
+                self.probe(linear, 1, access)
+            }
+            None => Ok(()),
+        }
     }
 
     /// Writes parts of `area`, all or nothing.
@@ -142,16 +163,18 @@ fn xsave<const KIND: u8>(cpu: &mut Cpu, op: &Op) -> Exec {
     cpu.area_address(op, EXTENDED, 64, Access::Write)?;
     let requested = cpu.requested();
     let count = cpu.vector_count();
-    let mut inuse = cpu.fpu.xinuse() & requested;
+    let mut inuse = cpu.fpu.xinuse(requested);
     if KIND == Kind::COMPACTED && requested & component::SSE != 0 && cpu.fpu.frame.mxcsr != MXCSR_INIT {
         inuse |= component::SSE;
     }
     let saved = if KIND == Kind::PLAIN { requested } else { inuse };
 
     let mut area = [0; AREA];
-    let mut parts = Vec::with_capacity(6);
+    let mut parts = Vec::with_capacity(9);
     let header = (LEGACY, if KIND == Kind::COMPACTED { 16 } else { 8 });
     cpu.probe_part(op, LEGACY, header.1)?;
+    let format = (KIND == Kind::COMPACTED).then_some(requested);
+    cpu.probe_end(op, requested, format, count, Access::Write)?;
     let present = if KIND == Kind::COMPACTED {
         area[LEGACY + 8..LEGACY + 16].copy_from_slice(&(COMPACTED | requested).to_le_bytes());
         inuse
@@ -178,11 +201,10 @@ fn xsave<const KIND: u8>(cpu: &mut Cpu, op: &Op) -> Exec {
         cpu.fpu.put_xmm(&mut area, count);
         parts.push((fx::XMM, 16 * count));
     }
-    if saved & component::AVX != 0 {
-        for n in 0..count {
-            area[AVX_AT + 16 * n..][..16].copy_from_slice(&cpu.fpu.ymm_high(n));
-        }
-        parts.push((AVX_AT, 16 * count));
+    for component in COMPONENTS.iter().filter(|c| saved & c.bit != 0 && c.len(count) != 0) {
+        let at = format.map_or(component.standard(), |format| component.compacted(format));
+        cpu.fpu.put_component(*component, count, &mut area[at..]);
+        parts.push((at, component.len(count)));
     }
     parts.push(header);
     cpu.write_parts(op, &area, &parts)
@@ -212,6 +234,8 @@ fn xrstor<const COMPACTION: bool>(cpu: &mut Cpu, op: &Op) -> Exec {
     if !valid {
         return Err(cpu.gp(0));
     }
+    let looked_at = if compacted { requested & format } else { requested };
+    cpu.probe_end(op, looked_at, compacted.then_some(format), count, Access::Read)?;
     let load = requested & present;
     let reset = requested & !present;
 
@@ -231,9 +255,10 @@ fn xrstor<const COMPACTION: bool>(cpu: &mut Cpu, op: &Op) -> Exec {
     if load & component::SSE != 0 {
         cpu.read_part(op, fx::XMM, &mut area[fx::XMM..fx::XMM + 16 * count])?;
     }
-    let mut upper = [0; AVX_SIZE];
-    if load & component::AVX != 0 {
-        cpu.read_part(op, AVX_AT, &mut upper[..16 * count])?;
+    let place = |c: &Component| if compacted { c.compacted(format) } else { c.standard() };
+    for component in COMPONENTS.iter().filter(|c| load & c.bit != 0 && c.len(count) != 0) {
+        let at = place(component);
+        cpu.read_part(op, at, &mut area[at..at + component.len(count)])?;
     }
     let mxcsr = image_mxcsr(&area);
     if mxcsr_from_memory && mxcsr & !MXCSR_MASK != 0 {
@@ -251,10 +276,12 @@ fn xrstor<const COMPACTION: bool>(cpu: &mut Cpu, op: &Op) -> Exec {
     } else if reset & component::SSE != 0 {
         fpu.init_sse(count);
     }
-    if load & component::AVX != 0 {
-        fpu.get_avx(&upper, count);
-    } else if reset & component::AVX != 0 {
-        fpu.init_avx(count);
+    for component in COMPONENTS {
+        if load & component.bit != 0 {
+            fpu.get_component(component, count, &area[place(&component)..]);
+        } else if reset & component.bit != 0 {
+            fpu.init_component(component, count);
+        }
     }
     if mxcsr_from_memory {
         fpu.frame.mxcsr = mxcsr;

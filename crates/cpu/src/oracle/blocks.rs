@@ -220,7 +220,7 @@ impl Blocks {
 fn simplify(met: &mut Situation, part: usize) {
     let state = &mut met.state;
     match part {
-        0 => state.ymm = [[0; 4]; 16],
+        0 => (state.vector, state.opmask) = ([[0; 8]; 32], [0; 8]),
         1 => {
             let mxcsr = state.mxcsr();
             state.x87 = State::initial().x87;

@@ -16,7 +16,7 @@ pub const GS_BASE: u64 = WINDOW + 0x1100;
 /// Longest instruction.
 pub const LONGEST: usize = 15;
 /// Changed quadwords of the window that an outcome can hold.
-pub const CHANGES: usize = 192;
+pub const CHANGES: usize = 352;
 
 /// Registers that an instruction can see.
 #[repr(C)]
@@ -28,8 +28,10 @@ pub struct State {
     pub rip: u64,
     /// RFLAGS.
     pub rflags: u64,
-    /// YMM0 to YMM15.
-    pub ymm: [[u64; 4]; 16],
+    /// ZMM0 to ZMM31. On processors without AVX-512 only the YMM registers in them count.
+    pub vector: [[u64; 8]; 32],
+    /// K0 to K7.
+    pub opmask: [u64; 8],
     /// FXSAVE64 image up to the XMM registers; MXCSR in its place.
     pub x87: [u8; 160],
 }
@@ -52,11 +54,17 @@ impl State {
 
     /// Everything as a processor has it after reset, flags as a program has them.
     pub fn initial() -> Self {
-        let mut state = Self { gpr: [0; 16], rip: 0, rflags: 0x202, ymm: [[0; 4]; 16], x87: [0; 160] };
+        let mut state =
+            Self { gpr: [0; 16], rip: 0, rflags: 0x202, vector: [[0; 8]; 32], opmask: [0; 8], x87: [0; 160] };
         state.x87[..2].copy_from_slice(&0x37fu16.to_le_bytes());
         state.set_mxcsr(0x1f80);
         state
     }
+}
+
+/// Whether the processor underneath has AVX-512, enabled.
+pub fn has_avx512() -> bool {
+    std::arch::is_x86_feature_detected!("avx512f") && std::arch::is_x86_feature_detected!("avx512bw")
 }
 
 /// Bytes put into the window before the instruction runs.
@@ -100,14 +108,19 @@ pub struct Case {
 }
 
 impl Case {
-    /// Which of the x87, SSE and AVX components are not in their initial configuration.
+    /// Which of the components are not in their initial configuration, as bits of XSTATE_BV.
     pub fn inuse(&self) -> u64 {
         let (state, initial) = (&self.state, State::initial());
         let x87 =
             state.x87[..MXCSR] != initial.x87[..MXCSR] || state.x87[MXCSR + 8..] != initial.x87[MXCSR + 8..];
-        let sse = state.ymm.iter().any(|r| r[..2] != [0, 0]);
-        let avx = state.ymm.iter().any(|r| r[2..] != [0, 0]);
-        u64::from(x87) | u64::from(sse) << 1 | u64::from(avx) << 2
+        let (low, high) = state.vector.split_at(16);
+        let any = |from: usize, to: usize| low.iter().any(|r| r[from..to].iter().any(|&w| w != 0));
+        u64::from(x87)
+            | u64::from(any(0, 2)) << 1
+            | u64::from(any(2, 4)) << 2
+            | u64::from(state.opmask != [0; 8]) << 5
+            | u64::from(any(4, 8)) << 6
+            | u64::from(high.iter().any(|r| *r != [0; 8])) << 7
     }
 
     /// The instruction's bytes.

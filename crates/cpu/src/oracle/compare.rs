@@ -46,9 +46,14 @@ pub fn differences(case: &Case, hardware: &Outcome, interpreter: &Outcome) -> Ve
     }
     let registers = !may_be_half_done(case, hardware);
     check("rflags", format!("{:#x}", a.rflags & FLAGS), format!("{:#x}", b.rflags & FLAGS));
-    for i in 0..16 {
-        if registers && a.ymm[i] != b.ymm[i] {
-            check(&format!("ymm{i}"), vector(&a.ymm[i]), vector(&b.ymm[i]));
+    for i in 0..32 {
+        if registers && a.vector[i] != b.vector[i] {
+            check(&format!("zmm{i}"), vector(&a.vector[i]), vector(&b.vector[i]));
+        }
+    }
+    for i in 0..8 {
+        if registers && a.opmask[i] != b.opmask[i] {
+            check(&format!("k{i}"), format!("{:#x}", a.opmask[i]), format!("{:#x}", b.opmask[i]));
         }
     }
     if registers {
@@ -92,7 +97,8 @@ pub fn equal(case: &Case, hardware: &Outcome, interpreter: &Outcome) -> bool {
     let same = a.gpr == b.gpr
         && a.rip == b.rip
         && (a.rflags ^ b.rflags) & FLAGS == 0
-        && a.ymm == b.ymm
+        && a.vector == b.vector
+        && a.opmask == b.opmask
         && a.x87 == b.x87
         && hardware.event == interpreter.event
         && hardware.changed == interpreter.changed
@@ -177,6 +183,7 @@ fn moves_state(case: &Case) -> Pieces {
         | M::Fxsave64
         | M::Fxrstor
         | M::Fxrstor64 => Pieces::InOrder,
+        _ if insn.op_mask() != iced_x86::Register::None && !insn.is_vsib() => Pieces::InOrder,
         _ => Pieces::No,
     }
 }
@@ -188,7 +195,7 @@ fn offset(rip: u64, case: &Case) -> String {
     }
 }
 
-fn vector(words: &[u64; 4]) -> String {
+fn vector(words: &[u64; 8]) -> String {
     words.iter().rev().map(|w| format!("{w:016x}")).collect::<Vec<_>>().join("_")
 }
 
@@ -230,10 +237,13 @@ pub(super) fn situation(state: &State, patches: &[Patch]) -> String {
         }
     }
     text += &format!("  rflags = {:#x}, mxcsr = {:#x}\n", state.rflags, state.mxcsr());
-    for (i, words) in state.ymm.iter().enumerate() {
-        if *words != [0; 4] {
-            text += &format!("  ymm{i} = {}\n", vector(words));
+    for (i, words) in state.vector.iter().enumerate() {
+        if *words != [0; 8] {
+            text += &format!("  zmm{i} = {}\n", vector(words));
         }
+    }
+    for (i, word) in state.opmask.iter().enumerate().filter(|(_, word)| **word != 0) {
+        text += &format!("  k{i} = {word:#x}\n");
     }
     if state.x87[..24] != initial.x87[..24] || state.x87[32..] != initial.x87[32..] {
         text +=

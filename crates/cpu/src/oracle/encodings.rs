@@ -16,7 +16,7 @@ fn is_testable(code: Code) -> bool {
     let info = code.op_code();
     info.is_instruction()
         && info.mode64()
-        && matches!(info.encoding(), EncodingKind::Legacy | EncodingKind::VEX)
+        && matches!(info.encoding(), EncodingKind::Legacy | EncodingKind::VEX | EncodingKind::EVEX)
         && info.op_code() <= 0xffff
         && code.cpuid_features().iter().all(|&f| known_feature(f))
         && !excluded(code.mnemonic())
@@ -43,7 +43,7 @@ pub(super) fn comparable(insn: &Instruction, bytes: &[u8]) -> bool {
         insn.mnemonic() == Mnemonic::Movbe && insn.memory_size().size() == 8 && bytes.contains(&0x66);
     let far = insn.is_jmp_far_indirect() || insn.is_call_far_indirect();
     let loads_segment = to_segment && matches!(insn.mnemonic(), Mnemonic::Mov | Mnemonic::Pop);
-    matches!(insn.code().encoding(), EncodingKind::Legacy | EncodingKind::VEX)
+    matches!(insn.code().encoding(), EncodingKind::Legacy | EncodingKind::VEX | EncodingKind::EVEX)
         && insn.cpuid_features().iter().all(|&f| known_feature(f))
         && !(far || loads_segment || in_halves || excluded(insn.mnemonic()))
 }
@@ -195,12 +195,17 @@ fn has_modrm(info: &OpCodeInfo) -> bool {
         })
 }
 
+fn is_vsib(kind: &OpCodeOperandKind) -> bool {
+    use OpCodeOperandKind as K;
+    matches!(
+        kind,
+        K::mem_vsib32x | K::mem_vsib64x | K::mem_vsib32y | K::mem_vsib64y | K::mem_vsib32z | K::mem_vsib64z
+    )
+}
+
 fn needs_memory(info: &OpCodeInfo) -> bool {
     use OpCodeOperandKind as K;
-    let vsib = [K::mem_vsib32x, K::mem_vsib64x, K::mem_vsib32y, K::mem_vsib64y];
-    info.op_kinds()
-        .iter()
-        .any(|k| matches!(k, K::mem | K::mem_mpx | K::mem_mib | K::sibmem) || vsib.contains(k))
+    info.op_kinds().iter().any(|k| matches!(k, K::mem | K::mem_mpx | K::mem_mib | K::sibmem) || is_vsib(k))
 }
 
 fn needs_register(info: &OpCodeInfo) -> bool {
@@ -214,6 +219,7 @@ fn needs_register(info: &OpCodeInfo) -> bool {
                 | K::mm_rm
                 | K::xmm_rm
                 | K::ymm_rm
+                | K::zmm_rm
                 | K::k_rm
                 | K::cr_reg
                 | K::dr_reg
@@ -223,12 +229,7 @@ fn needs_register(info: &OpCodeInfo) -> bool {
 
 fn needs_sib(info: &OpCodeInfo) -> bool {
     use OpCodeOperandKind as K;
-    info.op_kinds().iter().any(|k| {
-        matches!(
-            k,
-            K::mem_vsib32x | K::mem_vsib64x | K::mem_vsib32y | K::mem_vsib64y | K::sibmem | K::mem_mib
-        )
-    })
+    info.op_kinds().iter().any(|k| matches!(k, K::sibmem | K::mem_mib) || is_vsib(k))
 }
 
 fn immediate_len(kind: OpCodeOperandKind) -> usize {
@@ -273,6 +274,7 @@ pub(super) fn encode(code: Code, random: &mut Random) -> Vec<u8> {
     let modrm = has_modrm(info).then(|| modrm(info, random));
     match info.encoding() {
         EncodingKind::VEX => vex(info, random, &mut out),
+        EncodingKind::EVEX => evex(info, random, modrm.is_some_and(|m| m >> 6 != 3), &mut out),
         _ => legacy(info, random, &mut out),
     }
     let low = if info.op_kinds().iter().any(|k| {
@@ -396,4 +398,54 @@ fn vex(info: &OpCodeInfo, random: &mut Random, out: &mut Vec<u8>) {
     } else {
         out.extend([0xc4, rxb | map, w << 7 | tail]);
     }
+}
+
+fn evex(info: &OpCodeInfo, random: &mut Random, memory: bool, out: &mut Vec<u8>) {
+    use OpCodeOperandKind as K;
+    let any = |wanted: &[OpCodeOperandKind]| info.op_kinds().iter().any(|k| wanted.contains(k));
+    let named = any(&[K::xmm_vvvv, K::ymm_vvvv, K::zmm_vvvv, K::xmmp3_vvvv, K::zmmp3_vvvv]);
+    let vvvv = if named { random.next() as u8 & 15 } else { 15 };
+    // The fifth bits of registers; general and opmask registers have none.
+    let vsib = info.op_kinds().iter().any(is_vsib);
+    let v = if named || vsib { random.next() as u8 & 8 } else { 8 };
+    let small = any(&[K::r32_reg, K::r64_reg, K::r32_rm, K::r64_rm, K::k_reg, K::kp1_reg]);
+    let rxb = random.next() as u8 & 0xf0 | if small { 0x10 } else { 0 };
+    let rxb = rxb | if any(&[K::k_reg, K::kp1_reg]) { 0x80 } else { 0 };
+    let w = if info.is_wig() { random.below(2) as u8 } else { info.w() as u8 };
+    let pp = match info.mandatory_prefix() {
+        MandatoryPrefix::P66 => 1,
+        MandatoryPrefix::PF3 => 2,
+        MandatoryPrefix::PF2 => 3,
+        _ => 0,
+    };
+    let map = match info.table() {
+        OpCodeTableKind::T0F38 => 2,
+        OpCodeTableKind::T0F3A => 3,
+        OpCodeTableKind::MAP5 => 5,
+        OpCodeTableKind::MAP6 => 6,
+        _ => 1,
+    };
+    let may = if memory {
+        info.can_broadcast()
+    } else {
+        info.can_use_rounding_control() || info.can_suppress_all_exceptions()
+    };
+    let b = may && random.one_in(2);
+    let length = match () {
+        () if b && !memory && info.can_use_rounding_control() => random.below(4) as u8,
+        () if info.is_lig() => random.below(3) as u8,
+        () => info.l() as u8,
+    };
+    let mask = match () {
+        () if info.require_op_mask_register() => 1 + random.below(7) as u8,
+        () if info.can_use_op_mask_register() && !random.one_in(3) => random.below(8) as u8,
+        () => 0,
+    };
+    let zeroes = mask != 0 && info.can_use_zeroing_masking() && random.one_in(2);
+    out.extend([
+        0x62,
+        rxb | map,
+        w << 7 | vvvv << 3 | 4 | pp,
+        u8::from(zeroes) << 7 | length << 5 | u8::from(b) << 4 | v | mask,
+    ]);
 }

@@ -188,7 +188,7 @@ fn operands(random: &mut Random, insn: &Instruction, bytes: &mut [u8], case: &mu
     }
     if index.is_vector_register() {
         let small = !random.one_in(6);
-        for lane in &mut case.state.ymm[index.number() & 15] {
+        for lane in &mut case.state.vector[index.number() & 31] {
             let value = |random: &mut Random| {
                 if small { random.below(0x80).wrapping_sub(0x20) } else { random.next() }
             };
@@ -313,7 +313,9 @@ fn special(random: &mut Random, insn: &Instruction, case: &mut Case) {
         M::Vmaskmovps | M::Vmaskmovpd | M::Vpmaskmovd | M::Vpmaskmovq => {
             mask(random, insn.op1_register(), case)
         }
-        _ if insn.memory_index().is_vector_register() => mask(random, insn.op2_register(), case),
+        _ if insn.memory_index().is_vector_register() && insn.op_mask() == Register::None => {
+            mask(random, insn.op2_register(), case)
+        }
         _ => {}
     }
 }
@@ -333,7 +335,7 @@ fn stack(random: &mut Random, insn: &Instruction, case: &mut Case) {
 
 /// A mask register with more ones than chance has.
 fn mask(random: &mut Random, register: Register, case: &mut Case) {
-    for word in &mut case.state.ymm[register.number() & 15] {
+    for word in &mut case.state.vector[register.number() & 31] {
         *word = random.pick(&[u64::MAX, u64::MAX, 0, 1 << 63, 0x8000_0000, random.clone().next()]);
         random.next();
     }
@@ -357,16 +359,23 @@ pub(super) fn image(random: &mut Random) -> [u8; 64] {
 
 /// An XSAVE area that can be loaded, mostly. Only components that the interpreter has are named.
 fn xsave(random: &mut Random, case: &mut Case) {
-    case.state.gpr[0] = random.below(8);
+    case.state.gpr[0] = random.next() & 0xe7;
     case.state.gpr[2] = 0;
     if random.one_in(4) {
         // Parts of the state in their initial configuration.
         if random.one_in(2) {
-            case.state.ymm = [[0; 4]; 16];
+            case.state.vector = [[0; 8]; 32];
         } else {
-            for register in &mut case.state.ymm {
-                register[2..].fill(0);
+            let from = random.pick(&[2, 4]);
+            for register in &mut case.state.vector[..16] {
+                register[from..].fill(0);
             }
+        }
+        if random.one_in(2) {
+            case.state.vector[16..].fill([0; 8]);
+        }
+        if random.one_in(2) {
+            case.state.opmask = [0; 8];
         }
         if random.one_in(2) {
             case.state.x87 = State::initial().x87;
@@ -381,9 +390,9 @@ fn xsave(random: &mut Random, case: &mut Case) {
     }
     case.patches[0] = Patch { at, len: 32, bytes: image(random) };
     let mut header = Patch { at: at.saturating_add(512), len: 64, bytes: [0; 64] };
-    header.bytes[0] = random.below(8) as u8;
+    header.bytes[0] = random.next() as u8 & 0xe7;
     if random.one_in(3) {
-        header.bytes[8] = random.pick(&[7, header.bytes[0], random.clone().below(8) as u8]);
+        header.bytes[8] = random.pick(&[0xe7, header.bytes[0], random.clone().next() as u8 & 0xe7]);
         header.bytes[15] = 0x80;
     }
     if random.one_in(8) {

@@ -9,11 +9,12 @@
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::ptr::NonNull;
-use std::sync::atomic::{AtomicPtr, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicPtr, AtomicU32, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use super::case::{
-    CODE, Case, Event, FS_BASE, GS_BASE, Outcome, Patch, State, WINDOW, WINDOW_SIZE, WRITABLE, pattern,
+    CODE, Case, Event, FS_BASE, GS_BASE, Outcome, Patch, State, WINDOW, WINDOW_SIZE, WRITABLE, has_avx512,
+    pattern,
 };
 
 /// Cases that are handed over at a time.
@@ -177,6 +178,7 @@ fn syscall(number: i64, arguments: [u64; 4]) -> i64 {
 fn spawn(channel: NonNull<Channel>) -> io::Result<libc::pid_t> {
     let code = memory_file(PAGE)?;
     let window = memory_file(WINDOW_SIZE)?;
+    find_wide();
     // SAFETY: the child only makes calls that are allowed after a fork of a process with threads, and never returns.
     match unsafe { libc::fork() } {
         -1 => Err(failed()),
@@ -356,6 +358,21 @@ unsafe extern "C" fn turn(_: libc::c_int, _: *mut libc::siginfo_t, context: *mut
 const XMM: usize = 160;
 const XSTATE_BV: usize = 512;
 const YMM_HIGH: usize = 576;
+/// Of opmask registers, upper halves of the first 16 ZMM registers and the other 16; 0: the processor has none.
+static WIDE: [AtomicUsize; 3] = [const { AtomicUsize::new(0) }; 3];
+
+/// Finds out where the state of AVX-512 stands.
+fn find_wide() {
+    for (at, component) in WIDE.iter().zip(5..) {
+        let place = std::arch::x86_64::__cpuid_count(0xd, component).ebx as usize;
+        at.store(if has_avx512() { place } else { 0 }, Ordering::SeqCst);
+    }
+}
+
+/// Where the components of AVX-512 stand.
+fn wide() -> [usize; 3] {
+    [WIDE[0].load(Ordering::Relaxed), WIDE[1].load(Ordering::Relaxed), WIDE[2].load(Ordering::Relaxed)]
+}
 
 /// Loads a case into the signal frame, its bytes into the code page, its patches into the window.
 ///
@@ -378,14 +395,26 @@ unsafe fn begin(context: &mut libc::ucontext_t, case: *const Case) {
         area.copy_from_nonoverlapping((&raw const (*state).x87).cast(), XMM);
         let mut n = 0;
         while n < 16 {
-            let from = (&raw const (*state).ymm[n]).cast::<u8>();
+            let from = (&raw const (*state).vector[n]).cast::<u8>();
             area.add(XMM + 16 * n).copy_from_nonoverlapping(from, 16);
             area.add(YMM_HIGH + 16 * n).copy_from_nonoverlapping(from.add(16), 16);
             n += 1;
         }
+        let [opmask, zmm_high, hi16] = wide();
+        if hi16 != 0 {
+            area.add(opmask).copy_from_nonoverlapping((&raw const (*state).opmask).cast(), 64);
+            let mut n = 0;
+            while n < 16 {
+                let from = (&raw const (*state).vector[n]).cast::<u8>();
+                area.add(zmm_high + 32 * n).copy_from_nonoverlapping(from.add(32), 32);
+                n += 1;
+            }
+            area.add(hi16).copy_from_nonoverlapping((&raw const (*state).vector[16]).cast(), 1024);
+        }
         let present = area.add(XSTATE_BV).cast::<u64>();
+        let known = if hi16 != 0 { 0xe7 } else { 7 };
         // A component in its initial configuration is made so that the processor knows.
-        present.write(present.read() & !7 | (*case).inuse());
+        present.write(present.read() & !known | (*case).inuse() & known);
 
         let offset = (*state).rip.wrapping_sub(CODE) as usize;
         if offset < PAGE {
@@ -432,15 +461,26 @@ unsafe fn finish(context: &libc::ucontext_t, outcome: *mut Outcome, case: *const
             state.x87[1] = 0x03;
             state.set_mxcsr(mxcsr);
         }
+        let [opmask, zmm_high, hi16] = wide();
+        (&raw mut state.vector).write_bytes(0, 1);
+        (&raw mut state.opmask).write_bytes(0, 1);
+        if hi16 != 0 && present >> 5 & 1 != 0 {
+            (&raw mut state.opmask).cast::<u8>().copy_from_nonoverlapping(area.add(opmask), 64);
+        }
+        if hi16 != 0 && present >> 7 & 1 != 0 {
+            (&raw mut state.vector[16]).cast::<u8>().copy_from_nonoverlapping(area.add(hi16), 1024);
+        }
         let mut n = 0;
         while n < 16 {
-            let to = (&raw mut state.ymm[n]).cast::<u8>();
-            to.write_bytes(0, 32);
+            let to = (&raw mut state.vector[n]).cast::<u8>();
             if present & 2 != 0 {
                 to.copy_from_nonoverlapping(area.add(XMM + 16 * n), 16);
             }
             if present & 4 != 0 {
                 to.add(16).copy_from_nonoverlapping(area.add(YMM_HIGH + 16 * n), 16);
+            }
+            if hi16 != 0 && present >> 6 & 1 != 0 {
+                to.add(32).copy_from_nonoverlapping(area.add(zmm_high + 32 * n), 32);
             }
             n += 1;
         }

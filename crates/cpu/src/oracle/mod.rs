@@ -65,7 +65,7 @@ pub struct Oracle {
 }
 
 const EMPTY: Outcome = Outcome {
-    state: State { gpr: [0; 16], rip: 0, rflags: 0, ymm: [[0; 4]; 16], x87: [0; 160] },
+    state: State { gpr: [0; 16], rip: 0, rflags: 0, vector: [[0; 8]; 32], opmask: [0; 8], x87: [0; 160] },
     event: Event::NONE,
     changed: 0,
     changes: [(0, 0); case::CHANGES],
@@ -189,7 +189,9 @@ fn simplifications() -> Vec<Simplify> {
         Box::new(|c| {
             c.state.x87 = State { x87: State::initial().x87, ..c.state }.with_mxcsr(c.state.mxcsr())
         }),
-        Box::new(|c| c.state.ymm = [[0; 4]; 16]),
+        Box::new(|c| c.state.vector = [[0; 8]; 32]),
+        Box::new(|c| c.state.vector[16..].fill([0; 8])),
+        Box::new(|c| c.state.opmask = [0; 8]),
         Box::new(|c| c.state.set_mxcsr(0x1f80)),
         Box::new(|c| c.state.rflags = 0x202),
         Box::new(|c| c.patches = [case::Patch::NONE; 3]),
@@ -199,8 +201,12 @@ fn simplifications() -> Vec<Simplify> {
     }
     for i in 0..16 {
         all.push(Box::new(move |c| c.state.gpr[i] = 0));
-        all.push(Box::new(move |c| c.state.ymm[i] = [0; 4]));
-        all.push(Box::new(move |c| c.state.ymm[i][2..].fill(0)));
+    }
+    for i in 0..32 {
+        all.push(Box::new(move |c| c.state.vector[i] = [0; 8]));
+        all.push(Box::new(move |c| c.state.vector[i][4..].fill(0)));
+        all.push(Box::new(move |c| c.state.vector[i][2..].fill(0)));
+        all.push(Box::new(move |c| c.state.opmask[i % 8] = 0));
     }
     for i in 0..8 {
         all.push(Box::new(move |c| c.state.x87[32 + 16 * i..42 + 16 * i].fill(0)));

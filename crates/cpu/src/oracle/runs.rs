@@ -58,7 +58,7 @@ impl Run {
 
 /// A set of registers, by number.
 #[derive(Debug, Default, Clone, Copy)]
-struct Set(u16);
+struct Set(u32);
 
 impl Set {
     fn has(self, number: usize) -> bool {
@@ -269,16 +269,16 @@ impl Maker {
 
     /// Small indices.
     fn aim_vector(&mut self, progress: &mut Progress, index: Register) {
-        let number = index.number() & 15;
+        let number = index.number() & 31;
         if progress.touched[1].has(number) {
             return;
         }
         let mut small = || self.random.below(0x80).wrapping_sub(0x20);
         let narrow = small() & 1 != 0;
-        for lane in 0..4 {
+        for lane in 0..8 {
             let value = if narrow { small() & 0xffff_ffff | small() << 32 } else { small() };
-            progress.plan.state.ymm[number][lane] = value;
-            progress.now.ymm[number][lane] = value;
+            progress.plan.state.vector[number][lane] = value;
+            progress.now.vector[number][lane] = value;
         }
     }
 
@@ -358,9 +358,9 @@ impl Maker {
             if plan.pinned[0].has(number) {
                 state.gpr[number] = near(random, plan.state.gpr[number], number == RCX);
             }
-            if plan.pinned[1].has(number) {
-                state.ymm[number] = plan.state.ymm[number];
-            }
+        }
+        for number in (0..32).filter(|&number| plan.pinned[1].has(number)) {
+            state.vector[number] = plan.state.vector[number];
         }
         let mut patches = [Patch::NONE; OPERANDS];
         for (patch, operand) in patches.iter_mut().zip(&plan.operands) {
@@ -418,7 +418,7 @@ fn general(register: Register) -> Option<usize> {
 fn numbered(register: Register) -> Option<(usize, usize)> {
     match general(register) {
         Some(number) => Some((0, number)),
-        None => register.is_vector_register().then(|| (1, register.number() & 15)),
+        None => register.is_vector_register().then(|| (1, register.number() & 31)),
     }
 }
 

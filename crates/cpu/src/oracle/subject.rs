@@ -10,9 +10,10 @@ use skep_memory::{GuestMemory, MemoryError, RegionKind, RegionSpec};
 
 use super::case::{
     CODE, Case, Event, FS_BASE, GS_BASE, LONGEST, Outcome, Patch, State, WINDOW, WINDOW_SIZE, WRITABLE,
-    pattern,
+    has_avx512, pattern,
 };
 use crate::cpu::{Cpu, cr0, cr4, efer, seg};
+use crate::native::component;
 use crate::run::Step;
 use crate::system::Tsc;
 use crate::vm::{Mailbox, Shared};
@@ -60,7 +61,7 @@ pub enum SubjectError {
     Stopped(String),
 }
 
-/// The host's CPUID without what needs state that the interpreter does not have (AVX-512 and beyond).
+/// The host's CPUID.
 pub(super) fn cpuid() -> CpuidTable {
     skep_hv::cpuid::host()
 }
@@ -279,7 +280,13 @@ impl Subject {
         }
         cpu.segs[seg::FS].base = FS_BASE;
         cpu.segs[seg::GS].base = GS_BASE;
-        cpu.fpu.set_visible(&state.x87, &state.ymm);
+        let (mut vector, mut opmask) = (state.vector, state.opmask);
+        if !has_avx512() {
+            opmask.fill(0);
+            vector[16..].fill([0; 8]);
+            vector.iter_mut().for_each(|register| register[4..].fill(0));
+        }
+        cpu.fpu.set_visible(&state.x87, &vector, &opmask);
         // Nobody else wants attention.
         cpu.look = false;
     }
@@ -313,7 +320,7 @@ impl Subject {
         }
         state.rip = cpu.rip;
         state.rflags = cpu.rflags();
-        cpu.fpu.visible(&mut state.x87, &mut state.ymm);
+        cpu.fpu.visible(&mut state.x87, &mut state.vector, &mut state.opmask);
     }
 
     /// Records what has become of the window, and makes it as it was.
@@ -362,7 +369,7 @@ fn user_mode(cpu: &mut Cpu) {
     cpu.cr4 = cr4::PAE | cr4::OSFXSR | cr4::OSXMMEXCPT | cr4::OSXSAVE | cr4::FSGSBASE;
     cpu.efer = efer::LME | efer::LMA | efer::SCE | efer::NXE;
     cpu.cr0 = cr0::PE | cr0::PG | cr0::NE | cr0::MP | cr0::ET | cr0::WP | cr0::AM;
-    cpu.xcr0 = 7;
+    cpu.xcr0 = if has_avx512() { component::ALL } else { component::BASIC };
     let present = 1 << 7 | 1 << 4 | 3 << 5;
     for segment in &mut cpu.segs {
         *segment = Segment { selector: 0, base: 0, limit: 0, access: Segment::UNUSABLE };

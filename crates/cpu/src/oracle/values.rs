@@ -137,19 +137,28 @@ pub(super) fn fill(random: &mut Random, bytes: &mut [u8]) {
 
 /// Vector registers.
 pub(super) fn vectors(random: &mut Random, state: &mut State) {
-    for register in &mut state.ymm {
-        let mut bytes = [0; 32];
+    for register in &mut state.vector {
+        let mut bytes = [0; 64];
         fill(random, &mut bytes);
         for (word, from) in register.iter_mut().zip(bytes.chunks_exact(8)) {
             *word = from.iter().rev().fold(0, |v, &b| v << 8 | u64::from(b));
         }
         if random.one_in(8) {
-            *register = [0; 4];
+            *register = [0; 8];
         }
     }
     if random.one_in(8) {
-        let other = state.ymm[0];
-        state.ymm[1 + random.below(15) as usize] = other;
+        let other = state.vector[0];
+        state.vector[1 + random.below(31) as usize] = other;
+    }
+    for register in &mut state.opmask {
+        *register = match random.below(8) {
+            0 => u64::MAX,
+            1 => 0,
+            2 => integer(random),
+            3 => u64::MAX << random.below(64),
+            _ => random.next(),
+        };
     }
 }
 

@@ -48,8 +48,8 @@ pub(super) fn refusal(cpu: &Cpu, fresh: &Fresh, cpuid: &CpuidTable, system: &Sys
             if cpu.edx_eax() & system.xcr0 & !component::ALL != 0 =>
         {
             Some(
-                "XSAVE and XRSTOR of more than x87, SSE and AVX state are not known to the interpreter: hide AVX-512, \
-                 PKU and the like from the guest",
+                "XSAVE and XRSTOR of more than x87, SSE, AVX and AVX-512 state are not known to the interpreter: hide PKU and \
+                 the like from the guest",
             )
         }
         _ if fresh.by == Room::Undefined

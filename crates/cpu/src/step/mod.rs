@@ -123,7 +123,7 @@ impl InterpreterStepper {
             Activity::Shutdown => return Err("the processor is in shutdown after a triple fault".into()),
         }
         let refused = |why: StateError| format!("the interpreter cannot take this state: {why}");
-        let mut vectors = match &state.fpu {
+        let vectors = match &state.fpu {
             Some(fpu) => Some(Vectors::load(cpu, &fpu.xsave, &cpuid).map_err(refused)?),
             None => None,
         };
@@ -146,9 +146,6 @@ impl InterpreterStepper {
                     let step = cpu.step_fresh(&fresh);
                     if step == run::Step::Done {
                         flushes = invalidates(&fresh.insn);
-                        if let (Room::Native, Some(vectors)) = (fresh.by, &mut vectors) {
-                            vectors.executed(cpu, &fresh.insn);
-                        }
                     }
                     step
                 });

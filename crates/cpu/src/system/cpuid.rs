@@ -5,6 +5,7 @@ use skep_hv::cpuid::Processor;
 
 use crate::cpu::{Cpu, cr4};
 use crate::fault::Exec;
+use crate::native::component;
 use crate::op::{Handler, Op};
 use crate::regs::at;
 
@@ -38,7 +39,7 @@ fn xgetbv(cpu: &mut Cpu, _: &Op) -> Exec {
     let xgetbv1 = cpu.msrs.model.cpuid.get(0xd, 1).is_some_and(|leaf| leaf.eax & 4 != 0);
     let value = match cpu.regs.get::<u32>(at::RCX) {
         0 => cpu.xcr0,
-        1 if xgetbv1 => cpu.xcr0 & cpu.fpu.xinuse(),
+        1 if xgetbv1 => cpu.fpu.xinuse(cpu.xcr0),
         _ => return Err(cpu.gp(0)),
     };
     cpu.set_edx_eax(value);
@@ -58,7 +59,11 @@ fn xsetbv(cpu: &mut Cpu, _: &Op) -> Exec {
     Ok(())
 }
 
-/// SDM vol. 1 §13.3: x87 always; AVX needs SSE.
+/// SDM vol. 1 §13.3: x87 always; AVX needs SSE; AVX-512 needs AVX, and comes whole or not at all.
 pub(crate) fn xcr0_valid(value: u64, supported: u64) -> bool {
-    value & 1 != 0 && value & !supported == 0 && (value & 4 == 0 || value & 2 != 0)
+    let wide = value & component::AVX512;
+    value & component::X87 != 0
+        && value & !supported == 0
+        && (value & component::AVX == 0 || value & component::SSE != 0)
+        && (wide == 0 || wide == component::AVX512 && value & component::AVX != 0)
 }

@@ -103,7 +103,7 @@ impl Cpu {
         Ok(CpuState {
             general: groups.general.then_some(general),
             system: groups.system.then_some(system),
-            fpu: groups.fpu.then(|| Fpu { xsave: self.fpu.save_area() }),
+            fpu: groups.fpu.then(|| Fpu { xsave: self.fpu.save_area(self.msrs.model.xcr0) }),
             msrs,
             debug: groups.debug.then_some(Debug {
                 address: self.dr,
@@ -130,7 +130,7 @@ impl Cpu {
             None => Ok(()),
         };
         if let (Ok(()), Some(fpu)) = (&done, &state.fpu) {
-            done = self.fpu.load_area(&fpu.xsave);
+            done = self.fpu.load_area(&fpu.xsave, self.msrs.model.xcr0);
         }
         if let Err(error) = done {
             if let Some(system) = &before.system {
