@@ -282,7 +282,6 @@ fn look_up(asm: &mut Asm, access: u64, stack: bool) {
         asm.store(STACK_PAGE, R9);
         asm.load(R10, Mem::At(R10, TlbLayout::DELTA));
         asm.store(STACK_DELTA, R10);
-        asm.mov(R8, R10);
     } else {
         test_wanted(asm, Wanted::WRITE);
         let reads = asm.jcc_forward(EQUAL);
@@ -292,8 +291,8 @@ fn look_up(asm: &mut Asm, access: u64, stack: bool) {
         compare(asm, TlbLayout::READ);
         asm.land(writes);
         asm.load(R10, Mem::At(R10, TlbLayout::DELTA));
-        asm.regs(true, &[0x87], R8, R10); // xchg
     }
+    asm.regs(true, &[0x87], R8, R10); // xchg
     no_page(asm);
     asm.byte(0xc3);
     for forward in fails {
