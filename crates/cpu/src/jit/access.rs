@@ -6,7 +6,7 @@
 
 use iced_x86::{Instruction, Mnemonic, Register};
 
-use super::asm::{ABOVE, Asm, Mem, NOT_EQUAL, R8, R9, R10, R11, RBP};
+use super::asm::{ABOVE, Asm, Forward, Mem, NOT_EQUAL, R8, R9, R10, R11, RBP};
 use super::glue::{BASE, CURRENT_TLB, STACK_DELTA, STACK_PAGE, home, segment_base};
 use super::help::Wanted;
 use super::operands::{has_high_byte, has_small_address, host, is_homed, number, operand_number};
@@ -276,7 +276,7 @@ impl Translator<'_> {
         }
     }
 
-    pub(super) fn miss(&mut self, from: super::asm::Forward, place: Place, wanted: Wanted, find: Find) {
+    pub(super) fn miss(&mut self, from: Vec<Forward>, place: Place, wanted: Wanted, find: Find) {
         let resume = self.asm.label();
         self.open.push(self.stubs.len());
         self.stubs.push(Stub::Access { from, place, wanted, find, resume, done: None });
@@ -298,7 +298,7 @@ impl Translator<'_> {
         a.mem(&[], true, &[0x39], R9, Mem::At(R10, tag(wanted.is_write())));
         let from = a.jcc_forward(NOT_EQUAL);
         a.load(R10, Mem::At(R10, TlbLayout::DELTA));
-        self.miss(from, Place::Linear, wanted, Find::Access);
+        self.miss(vec![from], Place::Linear, wanted, Find::Access);
         self.asm.lea(R8, Mem::Sum(Some(R8), Some((R10, 0)), 0));
     }
 
@@ -309,7 +309,7 @@ impl Translator<'_> {
         a.mem(&[], true, &[0x3b], R9, STACK_PAGE);
         let from = a.jcc_forward(NOT_EQUAL);
         a.load(R10, STACK_DELTA);
-        self.miss(from, Place::Top, wanted, Find::Stack);
+        self.miss(vec![from], Place::Top, wanted, Find::Stack);
         self.asm.lea(R8, Mem::Sum(Some(R8), Some((R10, 0)), 0));
     }
 
@@ -325,7 +325,7 @@ impl Translator<'_> {
         a.mem(&[], true, &[0x3b], R10, STACK_PAGE);
         let from = a.jcc_forward(NOT_EQUAL);
         a.load(R10, STACK_DELTA);
-        self.miss(from, place, wanted, Find::Stack);
+        self.miss(vec![from], place, wanted, Find::Stack);
     }
 
     /// Looks the page up and remembers it.
@@ -349,29 +349,37 @@ impl Translator<'_> {
             address.put(a, true, R10, 0);
         }
         let find = if write == wanted.is_write() { Find::Access } else { Find::LookUp };
-        self.miss(from, Place::Sum(address), wanted, find);
+        self.miss(vec![from], Place::Sum(address), wanted, find);
         self.window = Some(Window { names: address.names, disp: address.disp, write });
     }
 
-    /// Looks whether the address lies in the page that is known.
+    /// Looks whether the address lies in the page that is known. No address may pass where R9 is -1, not even one at the end of
+    /// the address space.
     fn check_window(&mut self, address: Address, wanted: Wanted) {
         let a = &mut self.asm;
         let size = wanted.size() as i32;
         address.put(a, true, R10, 0);
-        a.regs(true, &[0x31], R9, R10); // xor r10, r9: the offset, if it is the same page
-        let from = if wanted.is_aligned() {
-            a.bytes(&[0x49, 0xf7, 0xc2]); // test r10, imm
-            a.imm32((-4096 | (size - 1)) as u32);
-            a.jcc_forward(NOT_EQUAL)
+        let mut froms = Vec::with_capacity(2);
+        if wanted.is_aligned() || wanted.size().is_power_of_two() && size <= 8 {
+            // Misaligned ones are looked up.
+            a.and_imm(true, R10, -4096 | (size - 1));
+            a.regs(true, &[0x39], R9, R10);
+            froms.push(a.jcc_forward(NOT_EQUAL));
+            if address.simple().is_none() {
+                address.put(a, true, R10, 0);
+            }
         } else {
+            a.regs(true, &[0x31], R9, R10); // xor r10, r9: the offset, if it is the same page
             a.bytes(&[0x49, 0x81, 0xfa]); // cmp r10, imm
             a.imm32((4096 - size) as u32);
-            a.jcc_forward(ABOVE)
-        };
-        if address.simple().is_none() {
-            a.regs(true, &[0x31], R9, R10);
+            froms.push(a.jcc_forward(ABOVE));
+            a.bytes(&[0x45, 0x84, 0xc9]); // test r9b, r9b
+            froms.push(a.jcc_forward(NOT_EQUAL));
+            if address.simple().is_none() {
+                a.regs(true, &[0x31], R9, R10);
+            }
         }
-        self.miss(from, Place::Sum(address), wanted, Find::LookUp);
+        self.miss(froms, Place::Sum(address), wanted, Find::LookUp);
     }
 
     /// An instruction was translated: whether the window still is a good guess.

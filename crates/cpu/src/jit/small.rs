@@ -185,7 +185,7 @@ impl Translator<'_> {
             self.asm.bytes(&[0x49, 0xc1, 0xea, 32]); // shr r10, 32
             let from = self.asm.jcc_forward(NOT_EQUAL);
             let wanted = Wanted::new(insn.ip() as u16, insn.len() as u8, 0, false);
-            self.miss(from, Place::Linear, wanted, Find::Access);
+            self.miss(vec![from], Place::Linear, wanted, Find::Access);
         }
         self.asm.lea32(R8, Mem::Sum(Some(R8), Some((R9, 0)), 0));
     }

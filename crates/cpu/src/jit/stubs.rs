@@ -9,7 +9,14 @@ use super::translate::{Link, Translator};
 /// What stands behind the block, out of the way.
 pub(super) enum Stub {
     /// Help with an access.
-    Access { from: Forward, place: Place, wanted: Wanted, find: Find, resume: usize, done: Option<usize> },
+    Access {
+        from: Vec<Forward>,
+        place: Place,
+        wanted: Wanted,
+        find: Find,
+        resume: usize,
+        done: Option<usize>,
+    },
     /// Run the handler instead.
     Handler { from: Vec<Forward>, op: u64, resume: usize },
     /// Leave, to be taken to the target of a link.
@@ -85,7 +92,7 @@ impl Translator<'_> {
             let here = a.here();
             match stub {
                 Stub::Access { from, place, wanted, find, resume, done } => {
-                    code.land_abroad(from, here);
+                    from.into_iter().for_each(|from| code.land_abroad(from, here));
                     let resume = code.origin + resume as u64;
                     let done = done.map_or(end_of_block, |done| code.origin + done as u64);
                     let routine = match find {
