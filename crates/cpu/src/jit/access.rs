@@ -21,8 +21,10 @@ use crate::mmu::TlbLayout;
 pub(super) enum Place {
     /// Nowhere.
     None,
-    /// The linear address is in R8; once it is checked, the host's is.
+    /// The linear address is in R8; once it is checked, what must be added to it is in R10.
     Linear,
+    /// The linear address is in R8; once it is checked, the host's is.
+    Host,
     /// As above, for an operand that is probably in the page that the stack was last in.
     Top,
     /// Once it is checked, what must be added to the address is in R8, and the address in R10 if it is not
@@ -36,7 +38,8 @@ impl Place {
     /// The operand, once checked.
     pub(super) fn mem(self) -> Mem {
         match self {
-            Self::None | Self::Linear | Self::Top => Mem::At(R8, 0),
+            Self::None | Self::Host | Self::Top => Mem::At(R8, 0),
+            Self::Linear => Mem::Sum(Some(R8), Some((R10, 0)), 0),
             Self::Sum(address) => match address.simple() {
                 Some((base, disp)) => Mem::Sum(Some(R8), Some((base, 0)), disp),
                 None => Mem::Sum(Some(R8), Some((R10, 0)), 0),
@@ -48,7 +51,7 @@ impl Place {
     /// Bytes of code that computes it, and moves what was found, at most.
     pub(super) fn most(self) -> usize {
         match self {
-            Self::None | Self::Linear | Self::Top => 0,
+            Self::None | Self::Linear | Self::Host | Self::Top => 0,
             Self::Sum(address) => address.most(),
             Self::Stack(_) => 7 + 8,
         }
@@ -58,7 +61,8 @@ impl Place {
     pub(super) fn scratch(self) -> &'static [u8] {
         match self {
             Self::None => &[R8, R9, R10],
-            Self::Linear | Self::Top => &[R9, R10],
+            Self::Linear => &[R9],
+            Self::Host | Self::Top => &[R9, R10],
             Self::Sum(address) if address.simple().is_some() => &[R9, R10],
             Self::Sum(_) => &[R9],
             Self::Stack(_) => &[R8, R9],
@@ -188,35 +192,57 @@ impl Window {
 /// Instructions looked at behind a read for a write to the same place.
 const FORESIGHT: usize = 12;
 
-/// Notes which reads are followed by a write to what is likely the same page, so that it is looked up for writing at once.
-pub(super) fn foresee_writes(insns: &mut [Decoded]) {
-    let names = |insn: &Instruction| [insn.memory_base(), insn.memory_index(), insn.memory_segment()];
+/// What is foreseen of the page that an operand lies in.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Expected {
+    /// It is written, now or soon: then it is looked up for writing at once.
+    pub(super) write: bool,
+    /// It is accessed again soon.
+    reused: bool,
+}
+
+/// Looks for accesses to what is likely the same page.
+pub(super) fn foresee_accesses(insns: &mut [Decoded]) {
     for i in 0..insns.len() {
         let (d, rest) = (&insns[i], &insns[i + 1..]);
-        let reads = d.info.class == Class::Plain && d.memory.is_some();
-        if !reads || d.insn.memory_base() == Register::RSP {
-            continue;
+        if d.info.class == Class::Plain && d.memory.is_some() && d.insn.memory_base() != Register::RSP {
+            insns[i].expected = expect(d, rest);
         }
-        let mut found = false;
-        for next in rest.iter().take(FORESIGHT) {
-            match next.info.class {
-                Class::Plain => {}
-                Class::Lea | Class::Nothing => continue,
-                _ => break,
-            }
-            if let Some(operand) = next.memory
-                && names(&next.insn) == names(&d.insn)
-                && next.info.written >> operand & 1 != 0
-            {
-                found = true;
-                break;
-            }
-            if replaces(&next.insn, next.info.written, names(&d.insn)) {
-                break;
-            }
-        }
-        insns[i].writes_later = found;
     }
+}
+
+fn names(insn: &Instruction) -> [Register; 3] {
+    [insn.memory_base(), insn.memory_index(), insn.memory_segment()]
+}
+
+fn expect(d: &Decoded, rest: &[Decoded]) -> Expected {
+    let writes = |d: &Decoded| d.memory.is_some_and(|operand| d.info.written >> operand & 1 != 0);
+    let mut expected = Expected { write: writes(d), reused: false };
+    let its = names(&d.insn);
+    // Behind a branch it is not certain that anything is written.
+    let mut certain = true;
+    if replaces(&d.insn, d.info.written, its) {
+        return expected;
+    }
+    for next in rest.iter().take(FORESIGHT) {
+        match next.info.class {
+            Class::Plain => {}
+            Class::Branch => {
+                certain = false;
+                continue;
+            }
+            Class::Lea | Class::Nothing => continue,
+            _ => break,
+        }
+        if next.memory.is_some() && names(&next.insn) == its {
+            expected.reused = true;
+            expected.write |= certain && writes(next);
+        }
+        if replaces(&next.insn, next.info.written, its) {
+            break;
+        }
+    }
+    expected
 }
 
 /// Whether an instruction puts something quite else into a register that an address is made of.
@@ -228,8 +254,9 @@ fn replaces(insn: &Instruction, written: u8, names: [Register; 3]) -> bool {
 }
 
 impl Translator<'_> {
-    /// Where the memory operand lies. For [`Place::Linear`] its address is in R8 then, R9 and R10 are lost.
-    pub(super) fn place(&mut self, insn: &Instruction) -> Option<Place> {
+    /// Where the memory operand lies. For [`Place::Linear`] and [`Place::Host`] its address is in R8 then, R9 and R10 are lost.
+    /// Flags are lost. `expected`: what it is known to be good for.
+    pub(super) fn place(&mut self, insn: &Instruction, expected: Expected) -> Option<Place> {
         if self.small() {
             self.window = None;
             return self.place_small(insn);
@@ -242,24 +269,36 @@ impl Translator<'_> {
             && !crowded
             && let Some(address) = Address::of(insn)
         {
-            return Some(match address.simple() {
-                Some((R11, disp)) => Place::Stack(disp),
-                _ => Place::Sum(address),
-            });
+            match address.simple() {
+                Some((R11, disp)) => return Some(Place::Stack(disp)),
+                // Worth knowing the page of, or no dearer, or perhaps known already.
+                _ if expected.reused || address.scaled.is_none() => return Some(Place::Sum(address)),
+                _ if self.window.is_some_and(|w| w.likely(&address, expected.write)) => {
+                    return Some(Place::Sum(address));
+                }
+                _ => {
+                    self.window = None;
+                    address.put(&mut self.asm, true, R8, 0);
+                    return Some(Place::Linear);
+                }
+            }
         }
         self.window = None;
         self.address(insn)?;
-        Some(Place::Linear)
+        Some(Place::Host)
     }
 
     /// Finds the host's page for an access; see [`Place`] for how the operand is addressed then. Flags are lost. With
-    /// `writes_later` a page that can be written is preferred for a read.
-    pub(super) fn check(&mut self, place: Place, wanted: Wanted, writes_later: bool) {
+    /// `write` a page that can be written is preferred for a read.
+    pub(super) fn check(&mut self, place: Place, wanted: Wanted, write: bool) {
         match place {
             Place::None => {}
-            Place::Linear => self.check_linear(wanted),
+            Place::Linear => self.check_linear(place, wanted),
             Place::Top if wanted.size().is_power_of_two() => self.check_top(wanted),
-            Place::Top => self.check_linear(wanted),
+            Place::Host | Place::Top => {
+                self.check_linear(place, wanted);
+                self.asm.lea(R8, Mem::Sum(Some(R8), Some((R10, 0)), 0));
+            }
             Place::Stack(disp) if wanted.size().is_power_of_two() => self.check_stack(place, disp, wanted),
             Place::Stack(disp) => {
                 // The same in another way: R10 takes what is to be added.
@@ -272,17 +311,17 @@ impl Translator<'_> {
             Place::Sum(address) if self.window.is_some_and(|w| w.likely(&address, wanted.is_write())) => {
                 self.check_window(address, wanted);
             }
-            Place::Sum(address) => self.look_up(address, wanted, writes_later),
+            Place::Sum(address) => self.look_up(address, wanted, write),
         }
     }
 
-    pub(super) fn miss(&mut self, from: Vec<Forward>, place: Place, wanted: Wanted, find: Find) {
+    pub(super) fn miss(&mut self, from: [Option<Forward>; 2], place: Place, wanted: Wanted, find: Find) {
         let resume = self.asm.label();
         self.open.push(self.stubs.len());
         self.stubs.push(Stub::Access { from, place, wanted, find, resume, done: None });
     }
 
-    fn check_linear(&mut self, wanted: Wanted) {
+    fn check_linear(&mut self, place: Place, wanted: Wanted) {
         self.window = None;
         let a = &mut self.asm;
         let size = wanted.size() as i32;
@@ -298,8 +337,7 @@ impl Translator<'_> {
         a.mem(&[], true, &[0x39], R9, Mem::At(R10, tag(wanted.is_write())));
         let from = a.jcc_forward(NOT_EQUAL);
         a.load(R10, Mem::At(R10, TlbLayout::DELTA));
-        self.miss(vec![from], Place::Linear, wanted, Find::Access);
-        self.asm.lea(R8, Mem::Sum(Some(R8), Some((R10, 0)), 0));
+        self.miss([Some(from), None], place, wanted, Find::Access);
     }
 
     fn check_top(&mut self, wanted: Wanted) {
@@ -309,7 +347,7 @@ impl Translator<'_> {
         a.mem(&[], true, &[0x3b], R9, STACK_PAGE);
         let from = a.jcc_forward(NOT_EQUAL);
         a.load(R10, STACK_DELTA);
-        self.miss(vec![from], Place::Top, wanted, Find::Stack);
+        self.miss([Some(from), None], Place::Top, wanted, Find::Stack);
         self.asm.lea(R8, Mem::Sum(Some(R8), Some((R10, 0)), 0));
     }
 
@@ -325,11 +363,11 @@ impl Translator<'_> {
         a.mem(&[], true, &[0x3b], R10, STACK_PAGE);
         let from = a.jcc_forward(NOT_EQUAL);
         a.load(R10, STACK_DELTA);
-        self.miss(vec![from], place, wanted, Find::Stack);
+        self.miss([Some(from), None], place, wanted, Find::Stack);
     }
 
     /// Looks the page up and remembers it.
-    fn look_up(&mut self, address: Address, wanted: Wanted, writes_later: bool) {
+    fn look_up(&mut self, address: Address, wanted: Wanted, write: bool) {
         let a = &mut self.asm;
         let size = wanted.size() as i32;
         address.put(a, false, R10, 0);
@@ -341,7 +379,7 @@ impl Translator<'_> {
             address.put(a, true, R9, size - 1);
             a.and_imm(true, R9, -4096);
         }
-        let write = wanted.is_write() || writes_later;
+        let write = wanted.is_write() || write;
         a.mem(&[], true, &[0x39], R9, Mem::At(R10, tag(write)));
         let from = a.jcc_forward(NOT_EQUAL);
         a.load(R8, Mem::At(R10, TlbLayout::DELTA));
@@ -349,7 +387,7 @@ impl Translator<'_> {
             address.put(a, true, R10, 0);
         }
         let find = if write == wanted.is_write() { Find::Access } else { Find::LookUp };
-        self.miss(vec![from], Place::Sum(address), wanted, find);
+        self.miss([Some(from), None], Place::Sum(address), wanted, find);
         self.window = Some(Window { names: address.names, disp: address.disp, write });
     }
 
@@ -359,12 +397,12 @@ impl Translator<'_> {
         let a = &mut self.asm;
         let size = wanted.size() as i32;
         address.put(a, true, R10, 0);
-        let mut froms = Vec::with_capacity(2);
+        let mut froms = [None; 2];
         if wanted.is_aligned() || wanted.size().is_power_of_two() && size <= 8 {
             // Misaligned ones are looked up.
             a.and_imm(true, R10, -4096 | (size - 1));
             a.regs(true, &[0x39], R9, R10);
-            froms.push(a.jcc_forward(NOT_EQUAL));
+            froms[0] = Some(a.jcc_forward(NOT_EQUAL));
             if address.simple().is_none() {
                 address.put(a, true, R10, 0);
             }
@@ -372,9 +410,9 @@ impl Translator<'_> {
             a.regs(true, &[0x31], R9, R10); // xor r10, r9: the offset, if it is the same page
             a.bytes(&[0x49, 0x81, 0xfa]); // cmp r10, imm
             a.imm32((4096 - size) as u32);
-            froms.push(a.jcc_forward(ABOVE));
+            froms[0] = Some(a.jcc_forward(ABOVE));
             a.bytes(&[0x45, 0x84, 0xc9]); // test r9b, r9b
-            froms.push(a.jcc_forward(NOT_EQUAL));
+            froms[1] = Some(a.jcc_forward(NOT_EQUAL));
             if address.simple().is_none() {
                 a.regs(true, &[0x31], R9, R10);
             }

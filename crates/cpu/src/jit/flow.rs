@@ -3,7 +3,7 @@
 use iced_x86::OpKind;
 
 use super::PAGE;
-use super::access::Place;
+use super::access::{Expected, Place};
 use super::asm::{ABOVE, Asm, Forward, Mem, NOT_EQUAL, R8, R9, R10, RCX, RSP};
 use super::glue::{ATTENTION, BASE, BOTTOM, LIMIT, ORIGIN, TEMP, home};
 use super::help::Wanted;
@@ -160,7 +160,7 @@ impl Translator<'_> {
         if self.small() {
             self.indirect_target_small(d)?;
         } else if insn.op0_kind() == OpKind::Memory {
-            let place = self.place(insn)?;
+            let place = self.place(insn, Expected::default())?;
             let wanted = self.wanted(d, 8, false);
             self.check(place, wanted, false);
             self.asm.load(R8, place.mem());

@@ -191,12 +191,12 @@ impl Translator<'_> {
             let write = info.written >> operand & 1 != 0;
             let aligned = info.aligned || insn.mnemonic() == iced_x86::Mnemonic::Cmpxchg16b;
             self.lose_flags(d.live_in, R10);
-            place = self.place(insn)?;
+            place = self.place(insn, d.expected)?;
             let wanted = self
                 .wanted(d, size, write)
                 .aligned(aligned && size.is_power_of_two())
                 .masked(insn.op_mask() != Register::None);
-            self.check(place, wanted, d.writes_later);
+            self.check(place, wanted, d.expected.write);
         }
         // The flags that it reads, and those that it leaves alone.
         let changed = surely_changed(insn, info);

@@ -13,7 +13,7 @@ use skep_hv::cpuid::CpuidTable;
 use skep_hv::state::Segment;
 
 use super::Key;
-use super::access::Place;
+use super::access::{Expected, Place};
 use super::asm::{Asm, Mem, NOT_EQUAL, R8, R9, R11, RBP};
 use super::glue::{BASE, TEMP};
 use super::help::Wanted;
@@ -172,7 +172,7 @@ impl Translator<'_> {
         self.address(insn)?;
         let based = matches!(insn.memory_segment(), Register::FS | Register::GS);
         let on_stack = insn.memory_base() == Register::ESP && insn.memory_index() == Register::None;
-        Some(if on_stack && !based { Place::Top } else { Place::Linear })
+        Some(if on_stack && !based { Place::Top } else { Place::Host })
     }
 
     /// Adds the base of FS or GS, which is in R9, to the offset in R8. R10 is lost.
@@ -185,7 +185,7 @@ impl Translator<'_> {
             self.asm.bytes(&[0x49, 0xc1, 0xea, 32]); // shr r10, 32
             let from = self.asm.jcc_forward(NOT_EQUAL);
             let wanted = Wanted::new(insn.ip() as u16, insn.len() as u8, 0, false);
-            self.miss(vec![from], Place::Linear, wanted, Find::Access);
+            self.miss([Some(from), None], Place::Linear, wanted, Find::Access);
         }
         self.asm.lea32(R8, Mem::Sum(Some(R8), Some((R9, 0)), 0));
     }
@@ -244,7 +244,7 @@ impl Translator<'_> {
     pub(super) fn indirect_target_small(&mut self, d: &Decoded) -> Option<()> {
         let insn = &d.insn;
         if insn.op0_kind() == OpKind::Memory {
-            let place = self.place(insn)?;
+            let place = self.place(insn, Expected::default())?;
             let wanted = self.wanted(d, 4, false);
             self.check(place, wanted, false);
             self.asm.load32(R8, place.mem());

@@ -2,7 +2,7 @@
 
 use iced_x86::{Mnemonic, OpKind};
 
-use super::access::{Address, Place};
+use super::access::{Address, Expected, Place};
 use super::asm::{Forward, Mem, NOT_EQUAL, R8, R9, R10, R11, RBP, RSP};
 use super::glue::{BASE, STACK_DELTA, STACK_PAGE, TEMP, home};
 use super::help::Wanted;
@@ -177,7 +177,7 @@ impl Translator<'_> {
             }
             OpKind::Memory => {
                 self.lose_flags(d.live_in, R9);
-                let place = self.place(insn)?;
+                let place = self.place(insn, Expected::default())?;
                 let word = self.request.key.word();
                 let wanted = self.wanted(d, word, false);
                 self.check(place, wanted, false);

@@ -10,7 +10,7 @@ use super::translate::{Link, Translator};
 pub(super) enum Stub {
     /// Help with an access.
     Access {
-        from: Vec<Forward>,
+        from: [Option<Forward>; 2],
         place: Place,
         wanted: Wanted,
         find: Find,
@@ -62,7 +62,7 @@ fn help_with_access(a: &mut Asm, place: Place, wanted: Wanted, routine: u64, (re
     match place {
         Place::Sum(address) => address.put(a, true, R8, 0),
         Place::Stack(disp) => a.lea(R8, Mem::At(R11, disp)),
-        Place::None | Place::Linear | Place::Top => {}
+        Place::None | Place::Linear | Place::Host | Place::Top => {}
     }
     a.mov_imm32(R9, wanted.0);
     a.call(routine);
@@ -92,7 +92,7 @@ impl Translator<'_> {
             let here = a.here();
             match stub {
                 Stub::Access { from, place, wanted, find, resume, done } => {
-                    from.into_iter().for_each(|from| code.land_abroad(from, here));
+                    from.into_iter().flatten().for_each(|from| code.land_abroad(from, here));
                     let resume = code.origin + resume as u64;
                     let done = done.map_or(end_of_block, |done| code.origin + done as u64);
                     let routine = match find {

@@ -7,7 +7,7 @@
 use iced_x86::{Decoder, DecoderOptions, Instruction, OpKind};
 use skep_hv::cpuid::CpuidTable;
 
-use super::access::{Window, foresee_writes};
+use super::access::{Expected, Window, foresee_accesses};
 use super::asm::{Asm, BELOW, Mem, NOT_EQUAL, R8, R9, R10, RAX, RDX};
 use super::flags::{liveness, loses_flags_first, poll_position};
 use super::flow::condition;
@@ -43,8 +43,8 @@ pub(super) struct Decoded {
     pub(super) code_at: usize,
     /// Its operand in memory.
     pub(super) memory: Option<u32>,
-    /// What it reads is likely in a page that is written soon.
-    pub(super) writes_later: bool,
+    /// What is foreseen of the page that it lies in.
+    pub(super) expected: Expected,
 }
 
 impl Decoded {
@@ -112,7 +112,17 @@ pub(super) fn decode(source: &Source<'_>, at: u16, table: &mut Table) -> Vec<Dec
         let (info, text) = small::look_up(&mut insn, its, key, table, cpuid);
         let memory = memory_operand(&insn);
         let (live_in, live_out, code_at) = (0, 0, 0);
-        all.push(Decoded { insn, at, text, info, live_in, live_out, code_at, memory, writes_later: false });
+        all.push(Decoded {
+            insn,
+            at,
+            text,
+            info,
+            live_in,
+            live_out,
+            code_at,
+            memory,
+            expected: Expected::default(),
+        });
         let Some(last) = all.last() else { break };
         if last.transfers() {
             let end = last.end();
@@ -213,7 +223,7 @@ pub(super) fn translate(
 ) -> Option<Made> {
     let start = insns.first()?.at;
     liveness(insns, &request, table);
-    foresee_writes(insns);
+    foresee_accesses(insns);
     let live = insns[0].live_in;
     let mut t = Translator {
         asm: Asm::new(origin),
@@ -279,7 +289,7 @@ impl Translator<'_> {
             return;
         }
         let here = self.asm.label();
-        for at in std::mem::take(&mut self.open) {
+        for at in self.open.drain(..) {
             if let Stub::Access { done, .. } = &mut self.stubs[at] {
                 *done = Some(here);
             }
@@ -355,7 +365,7 @@ impl Translator<'_> {
         let signed = insn.mnemonic() == iced_x86::Mnemonic::Idiv;
         self.lose_flags(d.live_in, R9);
         if insn.op0_kind() == OpKind::Memory {
-            let place = self.place(insn)?;
+            let place = self.place(insn, Expected::default())?;
             let wanted = self.wanted(d, if wide { 8 } else { 4 }, false);
             self.check(place, wanted, false);
             self.asm.mem(&[], wide, &[0x8b], R9, place.mem());
