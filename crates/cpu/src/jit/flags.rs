@@ -2,6 +2,8 @@
 
 use iced_x86::{Decoder, DecoderOptions, Instruction, Mnemonic, OpKind};
 
+use skep_memory::WATCH_GRANULE;
+
 use super::PAGE;
 use super::glue::STATUS;
 use super::operands::memory_operand;
@@ -109,6 +111,8 @@ pub(super) fn foresee(request: &Request<'_>, table: &mut Table, at: i64) -> u16 
             break;
         }
         let its = &page[start..decoder.position()];
+        let part = |offset: usize| 1u64 << (((at as usize + offset) as u64 / WATCH_GRANULE) & 63);
+        request.foreseen.set(request.foreseen.get() | part(start) | part(decoder.position() - 1));
         let (info, _) = small::look_up(&mut insn, its, request.key, table, request.cpuid);
         needed |= live_before(&insn, &info, 0) & unwritten;
         unwritten &= live_before(&insn, &info, STATUS_FLAGS);

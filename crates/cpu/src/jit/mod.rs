@@ -37,6 +37,7 @@ mod translate;
 mod vectors;
 
 use std::arch::asm;
+use std::cell::Cell;
 use std::collections::HashMap;
 use std::hash::BuildHasherDefault;
 use std::io;
@@ -45,13 +46,14 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use glue::Glue;
 pub(crate) use lockstep::Lockstep;
 use memory::CodeMemory;
-use skep_memory::GuestMemory;
+use skep_memory::{GuestMemory, WATCH_GRANULE};
 use table::Table;
 use translate::{Entry, Link, MAX_INSTRUCTIONS, Made, Request, Source};
 
 use crate::block::Mix;
 use crate::cpu::{CodeSize, Cpu, cr0, cr4};
 use crate::fault::Exec;
+use crate::mmu::Code;
 use crate::native::component;
 use crate::op::Op;
 
@@ -618,6 +620,7 @@ impl Cpu {
             }
             let ops = self.operations(&mut jit.ops, &bytes, &insns);
             let known = |at: u16| jit.blocks.get(&(prefix | u64::from(at) << Key::BITS)).copied();
+            let foreseen = Cell::new(0);
             let request = Request {
                 page: &bytes,
                 key,
@@ -627,12 +630,16 @@ impl Cpu {
                 cpuid: &shared.cpuid,
                 chain: jit.chain,
                 foresees: jit.chain || jit.repeatable,
+                foreseen: &foreseen,
             };
             let origin = jit.memory.next();
             let aside = |len| jit.memory.next_aside(len);
             let made = translate::translate(origin, aside, request, &mut insns, &ops, &mut jit.table);
             #[cfg_attr(not(test), expect(unused_mut, reason = "tests spoil it"))]
             let Some(Made { mut code, aside, entry, links }) = made else { return Ok(None) };
+            if !self.still_holds(&first, &bytes, foreseen.get(), versions[0]) {
+                continue;
+            }
             #[cfg(test)]
             if let Some(spoil) = jit.spoil {
                 spoil(&mut code);
@@ -662,6 +669,18 @@ impl Cpu {
             made.bytes += (code.len() + aside.len()) as u64;
             return Ok(Some(entry.from_memory));
         }
+    }
+
+    /// Watches what was looked at behind jumps, parts of a page that was read into `bytes`; whether it still says so.
+    fn still_holds(&self, page: &Code, bytes: &[u8], parts: u64, version: u32) -> bool {
+        const PART: usize = WATCH_GRANULE as usize;
+        let mut now = [0; PART];
+        (0..64).filter(|part| parts >> part & 1 != 0).all(|part| {
+            let at = PART * part;
+            let (_, found) = self.memory.start_watching(page.index, at as u64, PART as u64);
+            crate::decode::copy_code(page, at, &mut now);
+            found == version && now == bytes[at..at + PART]
+        })
     }
 
     /// The operations for those instructions that have none but their handlers.

@@ -293,6 +293,26 @@ mod tests {
         }
     }
 
+    #[test]
+    fn flags_that_changed_code_reads_are_there() {
+        use super::super::case::CODE;
+        // CMP EAX, EBX; JE to a TEST, which is replaced by SETE CL before it is reached; TEST; UD2.
+        let code = [0x39, 0xd8, 0x0f, 0x84, 0x78, 0, 0, 0, 0x85, 0xc0, 0x0f, 0x0b];
+        let mut subject = Subject::translator_at(Level::Chained).expect("it starts");
+        subject.write_code(CODE + 0x180, &[0x85, 0xc0, 0x90, 0x0f, 0x0b]).expect("it fits");
+        let mut run = |at: u64, code: &[u8], equal: bool| {
+            subject.write_code(at, code).expect("it fits");
+            let mut state = State::initial();
+            (state.rip, state.gpr[0], state.gpr[1], state.gpr[3]) = (CODE + 0x100, 1, 0, u64::from(equal));
+            subject.load(&state);
+            subject.until_exception().expect("it goes on");
+            subject.store(&mut state);
+            state.gpr[1]
+        };
+        assert_eq!(run(CODE + 0x100, &code, false), 0);
+        assert_eq!(run(CODE + 0x180, &[0x0f, 0x94, 0xc1], true), 1);
+    }
+
     /// Runs that came out differently once, with RFLAGS.
     const ONCE_WRONG: [(&[u8], u64); 2] = [
         // SAHF, ROL R9, 9: the rotate leaves OF alone.
