@@ -2,8 +2,6 @@
 
 use iced_x86::{Decoder, DecoderOptions, Instruction, Mnemonic, OpKind};
 
-use skep_memory::WATCH_GRANULE;
-
 use super::PAGE;
 use super::glue::STATUS;
 use super::operands::memory_operand;
@@ -13,6 +11,8 @@ use super::translate::{Decoded, Request, Translator};
 
 /// Instructions looked at behind a jump to see whether flags are needed there.
 pub(super) const FORESIGHT: usize = 6;
+/// And bytes.
+const FORESEEN_BYTES: usize = 40;
 
 /// Works out backwards which flags matter where.
 pub(super) fn liveness(insns: &mut [Decoded], request: &Request<'_>, table: &mut Table) {
@@ -98,7 +98,9 @@ pub(super) fn foresee(request: &Request<'_>, table: &mut Table, at: i64) -> u16 
     if let Some(entry) = (request.known)(at as u16) {
         return entry.live;
     }
-    let page = &request.page[at as usize..PAGE as usize];
+    let mut bytes = [0; FORESEEN_BYTES];
+    let page = &mut bytes[..FORESEEN_BYTES.min(PAGE as usize - at as usize)];
+    (request.read)(at as usize, page);
     let mut decoder = Decoder::with_ip(request.key.bits(), page, at as u64, DecoderOptions::NONE);
     let (mut unwritten, mut needed) = (STATUS_FLAGS, 0);
     for _ in 0..FORESIGHT {
@@ -111,8 +113,6 @@ pub(super) fn foresee(request: &Request<'_>, table: &mut Table, at: i64) -> u16 
             break;
         }
         let its = &page[start..decoder.position()];
-        let part = |offset: usize| 1u64 << (((at as usize + offset) as u64 / WATCH_GRANULE) & 63);
-        request.foreseen.set(request.foreseen.get() | part(start) | part(decoder.position() - 1));
         let (info, _) = small::look_up(&mut insn, its, request.key, table, request.cpuid);
         needed |= live_before(&insn, &info, 0) & unwritten;
         unwritten &= live_before(&insn, &info, STATUS_FLAGS);

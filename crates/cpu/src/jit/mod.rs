@@ -46,14 +46,13 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use glue::Glue;
 pub(crate) use lockstep::Lockstep;
 use memory::CodeMemory;
-use skep_memory::{GuestMemory, WATCH_GRANULE};
+use skep_memory::GuestMemory;
 use table::Table;
 use translate::{Entry, Link, MAX_INSTRUCTIONS, Made, Request, Source};
 
 use crate::block::Mix;
 use crate::cpu::{CodeSize, Cpu, cr0, cr4};
 use crate::fault::Exec;
-use crate::mmu::Code;
 use crate::native::component;
 use crate::op::Op;
 
@@ -64,6 +63,8 @@ const JUMPS: usize = 16384;
 const JUMP_SHIFT: u32 = 12;
 /// Code memory kept free for one block.
 const RESERVE: usize = 64 << 10;
+/// Bytes of code that are read at first: few blocks have more.
+const ENOUGH_BYTES: usize = 192;
 /// Pages whose code others may lead to directly, before all code is dropped.
 const RECORDS: usize = 16 << 10;
 /// No link.
@@ -249,6 +250,8 @@ pub(crate) struct Jit {
     records: usize,
     links: Vec<OpenLink>,
     ops: Ops,
+    /// Room for what is read of code.
+    page: Option<Box<translate::Page>>,
     /// Jumps may lead to other blocks at once.
     chain: bool,
     /// Blocks go on behind conditional jumps and calls.
@@ -297,6 +300,7 @@ impl Jit {
             records: 0,
             links: Vec::new(),
             ops: Vec::new(),
+            page: None,
             chain: true,
             extends: true,
             repeatable: false,
@@ -564,6 +568,21 @@ impl Cpu {
 
     /// Makes code for what lies at `linear`, the block `id`. `None`: it cannot be translated.
     fn translate_code(&mut self, jit: &mut Jit, linear: u64, id: u64, key: Key) -> Exec<Option<u64>> {
+        let mut page = jit.page.take().unwrap_or_else(|| Box::new([0; PAGE as usize + 16]));
+        let code = self.translate_page(jit, &mut page, linear, id, key);
+        jit.page = Some(page);
+        code
+    }
+
+    /// The same; `bytes` is room for what is read of the page.
+    fn translate_page(
+        &mut self,
+        jit: &mut Jit,
+        bytes: &mut translate::Page,
+        linear: u64,
+        id: u64,
+        key: Key,
+    ) -> Exec<Option<u64>> {
         if self.thunks.full() {
             self.blocks.clear();
             self.thunks.clear();
@@ -580,12 +599,19 @@ impl Cpu {
         let shared = self.shared.clone();
         loop {
             let first = self.code_page(linear)?;
-            let mut bytes = [0u8; PAGE as usize + 16];
-            crate::decode::copy_code(&first, 0, &mut bytes[..PAGE as usize]);
             let known = |at: u16| jit.blocks.get(&(prefix | u64::from(at) << Key::BITS)).copied();
             let (most, on, cpuid) = (jit.most, jit.extends, &shared.cpuid);
-            let source = Source { page: &bytes, len: PAGE as usize, key, most, on, known: &known, cpuid };
-            let mut insns = translate::decode(&source, at, &mut jit.table);
+            let (begin, mut end) = (at as usize, (at as usize + ENOUGH_BYTES).min(PAGE as usize));
+            let mut insns = loop {
+                crate::decode::copy_code(&first, begin, &mut bytes[begin..end]);
+                let source = Source { page: bytes, len: end, key, most, on, known: &known, cpuid };
+                let insns = translate::decode(&source, at, &mut jit.table);
+                let decoded = insns.last().map_or(begin, |last| last.end() as usize);
+                if end == PAGE as usize || decoded + 15 <= end {
+                    break insns;
+                }
+                end = PAGE as usize;
+            };
             let mut second = None;
             if insns.is_empty() && u64::from(at) + 15 > PAGE {
                 if key.small() && linear | (PAGE - 1) == u64::from(u32::MAX) {
@@ -596,13 +622,13 @@ impl Cpu {
                     return Ok(Some(code));
                 }
                 crate::decode::copy_code(&page, 0, &mut bytes[PAGE as usize..]);
-                let source =
-                    Source { page: &bytes, len: bytes.len(), key, most: 1, on, known: &known, cpuid };
+                let len = bytes.len();
+                let source = Source { page: bytes, len, key, most: 1, on, known: &known, cpuid };
                 insns = translate::decode(&source, at, &mut jit.table);
                 second = Some(page);
             }
             if jit.repeatable {
-                self.keep_repeatable(&bytes, &mut insns);
+                self.keep_repeatable(bytes, &mut insns);
             }
             let Some(last) = insns.last() else { return Ok(None) };
             let len = (last.end() - at) as usize;
@@ -615,14 +641,20 @@ impl Cpu {
             if let Some(second) = &second {
                 crate::decode::copy_code(second, 0, &mut again[on_first..len]);
             }
-            if again[..len] != bytes[at as usize..at as usize + len] {
+            if again[..len] != bytes[begin..begin + len] {
                 continue;
             }
-            let ops = self.operations(&mut jit.ops, &bytes, &insns);
+            let ops = self.operations(&mut jit.ops, bytes, &insns);
             let known = |at: u16| jit.blocks.get(&(prefix | u64::from(at) << Key::BITS)).copied();
-            let foreseen = Cell::new(0);
+            let stale = Cell::new(false);
+            // What is read is watched from before.
+            let read = |at: usize, into: &mut [u8]| {
+                let (_, version) = self.memory.start_watching(first.index, at as u64, into.len() as u64);
+                stale.set(stale.get() || version != versions[0]);
+                crate::decode::copy_code(&first, at, into);
+            };
             let request = Request {
-                page: &bytes,
+                page: bytes,
                 key,
                 glue: jit.glue,
                 first_link: jit.links.len(),
@@ -630,21 +662,21 @@ impl Cpu {
                 cpuid: &shared.cpuid,
                 chain: jit.chain,
                 foresees: jit.chain || jit.repeatable,
-                foreseen: &foreseen,
+                read: &read,
             };
             let origin = jit.memory.next();
             let aside = |len| jit.memory.next_aside(len);
             let made = translate::translate(origin, aside, request, &mut insns, &ops, &mut jit.table);
             #[cfg_attr(not(test), expect(unused_mut, reason = "tests spoil it"))]
             let Some(Made { mut code, aside, entry, links }) = made else { return Ok(None) };
-            if !self.still_holds(&first, &bytes, foreseen.get(), versions[0]) {
+            if stale.get() {
                 continue;
             }
             #[cfg(test)]
             if let Some(spoil) = jit.spoil {
                 spoil(&mut code);
             }
-            self.describe_block(entry.from_memory, &insns, &bytes);
+            self.describe_block(entry.from_memory, &insns, bytes);
             dump::block(linear, origin, &insns, &code);
             if !jit.memory.add(&code, &aside) {
                 return Ok(None);
@@ -669,18 +701,6 @@ impl Cpu {
             made.bytes += (code.len() + aside.len()) as u64;
             return Ok(Some(entry.from_memory));
         }
-    }
-
-    /// Watches what was looked at behind jumps, parts of a page that was read into `bytes`; whether it still says so.
-    fn still_holds(&self, page: &Code, bytes: &[u8], parts: u64, version: u32) -> bool {
-        const PART: usize = WATCH_GRANULE as usize;
-        let mut now = [0; PART];
-        (0..64).filter(|part| parts >> part & 1 != 0).all(|part| {
-            let at = PART * part;
-            let (_, found) = self.memory.start_watching(page.index, at as u64, PART as u64);
-            crate::decode::copy_code(page, at, &mut now);
-            found == version && now == bytes[at..at + PART]
-        })
     }
 
     /// The operations for those instructions that have none but their handlers.

@@ -4,8 +4,6 @@
 //! translator. Status flags stay in the host's where nothing of ours has to change them; where something has, and they may
 //! still be read, they are put into memory first. `docs/software-cpu.md` describes all of it.
 
-use std::cell::Cell;
-
 use iced_x86::{Decoder, DecoderOptions, Instruction, OpKind};
 use skep_hv::cpuid::CpuidTable;
 
@@ -180,8 +178,8 @@ pub(super) struct Request<'a> {
     pub(super) chain: bool,
     /// Whether to look behind jumps for the flags that are needed there.
     pub(super) foresees: bool,
-    /// The parts of the page that were looked at for that: one bit for each 64th.
-    pub(super) foreseen: &'a Cell<u64>,
+    /// Reads code on the page for that.
+    pub(super) read: &'a dyn Fn(usize, &mut [u8]),
 }
 
 /// What the translator made.
