@@ -13,6 +13,7 @@ pub(super) const R8: u8 = 8;
 pub(super) const R9: u8 = 9;
 pub(super) const R10: u8 = 10;
 pub(super) const R11: u8 = 11;
+pub(super) const R15: u8 = 15;
 
 /// Conditions, by encoding.
 pub(super) const BELOW: u8 = 2;

@@ -2,7 +2,7 @@
 
 use std::mem::offset_of;
 
-use super::asm::{Asm, EQUAL, Mem, NOT_EQUAL, R8, R9, R10, R11, RAX, RBP, RBX, RCX, RDI, RDX, RSI, RSP};
+use super::asm::{Asm, EQUAL, Mem, NOT_EQUAL, R8, R9, R10, R11, R15, RAX, RBP, RBX, RCX, RDI, RDX, RSI, RSP};
 use super::help::Wanted;
 use super::strings::{self, Strings};
 use super::vectors::{self, Vectors};
@@ -25,10 +25,10 @@ const PINNED: [(u8, u8); 12] = [
     (12, 12),
     (13, 13),
     (14, 14),
-    (15, 15),
+    (R8, R15),
 ];
 /// What the ABI wants back.
-const CALLEE_SAVED: [u8; 6] = [RBX, RBP, 12, 13, 14, 15];
+const CALLEE_SAVED: [u8; 6] = [RBX, RBP, 12, 13, 14, R15];
 /// Bytes of return addresses that the host's stack may hold before they are dropped.
 const RETURNS: i32 = 32 << 10;
 

@@ -4,7 +4,7 @@ use iced_x86::{Instruction, OpKind, Register};
 
 use super::Key;
 use super::access::Place;
-use super::asm::{BELOW, Mem, R8, R9, R10, R11, RSP};
+use super::asm::{BELOW, Mem, R8, R9, R10, R11, R15, RSP};
 use super::encode::{self, Parts};
 use super::flags::surely_changed;
 use super::glue::{ALL_VECTORS, BASE, LOW_VECTORS, VECTORS, home, segment_base};
@@ -20,14 +20,18 @@ pub(super) fn number(register: Register) -> Option<u8> {
     register.is_gpr().then(|| register.full_register().number() as u8)
 }
 
-/// Whether a guest register stays in memory.
+/// Whether a guest register stays in memory: R9 to R11, and R15, which compilers take last.
 pub(super) fn is_homed(n: u8) -> bool {
-    (8..12).contains(&n)
+    matches!(n, 9..=11 | 15)
 }
 
 /// Host register of a guest register that has one.
 pub(super) fn host(n: u8) -> u8 {
-    if n == RSP { R11 } else { n }
+    match n {
+        RSP => R11,
+        R8 => R15,
+        _ => n,
+    }
 }
 
 pub(super) fn operand_number(insn: &Instruction, i: u32) -> Option<u8> {
@@ -207,8 +211,8 @@ impl Translator<'_> {
             }
         }
         let high = has_high_byte(insn);
-        let moved =
-            (0..insn.op_count()).any(|i| operand_number(insn, i).is_some_and(|n| is_homed(n) || n == RSP));
+        let moved = (0..insn.op_count())
+            .any(|i| operand_number(insn, i).is_some_and(|n| is_homed(n) || host(n) != n));
         if memory.is_none() && !moved {
             let start = self.asm.code.len();
             self.asm.bytes(bytes);
@@ -291,8 +295,7 @@ impl Translator<'_> {
             }
             match operand_number(insn, i as u32)? {
                 n if is_homed(n) => placed_at(n),
-                RSP => Some(R11),
-                _ => None,
+                n => Some(host(n)).filter(|&host| host != n),
             }
         });
         for i in 0..insn.op_count().min(4) as usize {

@@ -1,6 +1,6 @@
 //! From a run of guest instructions to code.
 //!
-//! Guest registers stand in the host's, RSP in R11; R8 to R11 stay in memory, so that R8, R9 and R10 are free for the
+//! Guest registers stand in the host's, RSP in R11, R8 in R15; R9 to R11 and R15 stay in memory, so that R8 to R10 are free for the
 //! translator. Status flags stay in the host's where nothing of ours has to change them; where something has, and they may
 //! still be read, they are put into memory first. `docs/software-cpu.md` describes all of it.
 
