@@ -277,6 +277,9 @@ impl Cpu {
             repeats || handled || talks(&d.insn)
         });
         insns.truncate(alone.unwrap_or(insns.len()));
+        if let Some(at) = insns.iter().position(|d| loads_mxcsr(&d.insn)) {
+            insns.truncate(at + 1);
+        }
     }
 
     /// Remembers what a block is made of.
@@ -552,6 +555,22 @@ fn talks(insn: &iced_x86::Instruction) -> bool {
     matches!(
         insn.mnemonic(),
         M::Insb | M::Insw | M::Insd | M::Outsb | M::Outsw | M::Outsd | M::Rdrand | M::Rdseed
+    )
+}
+
+/// It may unmask exceptions, which makes other code of what follows: the block is left behind it.
+fn loads_mxcsr(insn: &iced_x86::Instruction) -> bool {
+    use iced_x86::Mnemonic as M;
+    matches!(
+        insn.mnemonic(),
+        M::Ldmxcsr
+            | M::Vldmxcsr
+            | M::Fxrstor
+            | M::Fxrstor64
+            | M::Xrstor
+            | M::Xrstor64
+            | M::Xrstors
+            | M::Xrstors64
     )
 }
 
