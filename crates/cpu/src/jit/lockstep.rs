@@ -356,10 +356,7 @@ impl Cpu {
                     lockstep.undo();
                 }
             }
-            if turn == 1 {
-                self.flush_tlb();
-            }
-            match self.compare_block(code, &text, &before, status) {
+            match self.compare_block(code, &text, &before, status, turn > 0) {
                 Compared::Alone => {
                     self.tally(|tally| tally.alone += 1);
                     return Ok(());
@@ -383,8 +380,19 @@ impl Cpu {
         Ok(())
     }
 
-    /// One turn of [`Cpu::run_block_twice`].
-    fn compare_block(&mut self, code: u64, text: &Text, before: &Registers, status: u16) -> Compared {
+    /// One turn of [`Cpu::run_block_twice`]. With `flush` both look up all translations anew, as a block may make a page table and
+    /// use it.
+    fn compare_block(
+        &mut self,
+        code: u64,
+        text: &Text,
+        before: &Registers,
+        status: u16,
+        flush: bool,
+    ) -> Compared {
+        if flush {
+            self.flush_tlb();
+        }
         let epoch = self.memory.epoch();
         let left = self.interpret_recording(text);
         let Some(lockstep) = &mut self.lockstep else { return Compared::Alone };
@@ -407,6 +415,9 @@ impl Cpu {
         let wanted = Registers::of(self, before.fpu.is_some());
         before.restore(self);
         self.status = status;
+        if flush {
+            self.flush_tlb();
+        }
         let raised = self.run_translated_quietly(code);
         let given = Registers::of(self, before.fpu.is_some());
 
