@@ -86,15 +86,38 @@ fn low(asm: &mut Asm, widest: Widest, save: bool) {
         (0..16).for_each(|n| zmm(asm, n, save));
         let done = asm.jmp_forward();
         asm.land(narrow);
-        (0..16).for_each(|n| register(asm, Widest::Ymm, n, save));
+        halves(asm, Widest::Ymm, save);
         asm.land(done);
     } else {
-        (0..16).for_each(|n| register(asm, widest, n, save));
+        halves(asm, widest, save);
     }
     if save {
         asm.mem(&[], false, &[0x0f, 0xae], 3, Mem::At(R10, FrameLayout::MXCSR));
         asm.mem(&[], false, &[0x0f, 0xae], 2, Mem::At(R10, FrameLayout::HOST_MXCSR));
     }
+}
+
+/// Moves 16 registers of at most 256 bits. Where no upper half holds anything they are cleared, not loaded: instructions without
+/// VEX wait for upper halves that are in use.
+fn halves(asm: &mut Asm, widest: Widest, save: bool) {
+    if save || widest == Widest::Xmm {
+        (0..16).for_each(|n| register(asm, widest, n, save));
+        return;
+    }
+    let upper = |n: u8| Mem::At(R10, FrameLayout::VECTOR + 64 * i32::from(n) + 16);
+    asm.bytes(&[0xc5, 0xf8, 0x77]); // vzeroupper
+    asm.mem(&[], false, &[0x0f, 0x10], 0, upper(0)); // movups xmm0
+    for n in 1..16 {
+        asm.mem(&[], false, &[0x0f, 0x10], 1, upper(n)); // movups xmm1
+        asm.bytes(&[0x0f, 0x56, 0xc1]); // orps xmm0, xmm1
+    }
+    asm.bytes(&[0x66, 0x0f, 0x38, 0x17, 0xc0]); // ptest xmm0, xmm0
+    let clear = asm.jcc_forward(EQUAL);
+    (0..16).for_each(|n| register(asm, Widest::Ymm, n, false));
+    let done = asm.jmp_forward();
+    asm.land(clear);
+    (0..16).for_each(|n| register(asm, Widest::Xmm, n, false));
+    asm.land(done);
 }
 
 /// Moves the other registers.
