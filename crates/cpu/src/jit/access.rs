@@ -7,7 +7,7 @@
 use iced_x86::{Instruction, Mnemonic, Register};
 
 use super::asm::{ABOVE, Asm, Forward, Mem, NOT_EQUAL, R8, R9, R10, R11, RBP};
-use super::glue::{BASE, CURRENT_TLB, STACK_DELTA, STACK_PAGE, home, segment_base};
+use super::glue::{BASE, STACK_DELTA, STACK_PAGE, home, segment_base, tlb_entry};
 use super::help::Wanted;
 use super::operands::{has_high_byte, has_small_address, host, is_homed, number, operand_number};
 use super::stubs::{Find, Stub};
@@ -87,18 +87,18 @@ pub(super) struct Address {
 
 impl Address {
     fn of(insn: &Instruction) -> Option<Self> {
-        let names = [insn.memory_base(), insn.memory_index(), insn.memory_segment()];
+        let names = names(insn);
         let mut all = Self { base: None, index: None, scaled: None, added: None, disp: 0, names };
-        let mut fields = Vec::new();
+        let mut base_field = None;
         match insn.memory_base() {
             Register::RIP => {
                 all.disp = i32::try_from(insn.ip_rel_memory_address() as i64).ok()?;
-                fields.push(BASE);
+                base_field = Some(BASE);
             }
             base => {
                 all.disp = i32::try_from(insn.memory_displacement64() as i64).ok()?;
                 match number(base) {
-                    Some(n) if is_homed(n) => fields.push(home(n)),
+                    Some(n) if is_homed(n) => base_field = Some(home(n)),
                     n => all.base = n.map(host),
                 }
             }
@@ -108,24 +108,29 @@ impl Address {
             Some(n) if is_homed(n) => all.scaled = Some((home(n), scale)),
             n => all.index = n.map(|n| (host(n), scale)),
         }
-        match insn.memory_segment() {
-            Register::FS => fields.push(segment_base(seg::FS)),
-            Register::GS => fields.push(segment_base(seg::GS)),
-            _ => {}
-        }
+        let mut segment_field = match insn.memory_segment() {
+            Register::FS => Some(segment_base(seg::FS)),
+            Register::GS => Some(segment_base(seg::GS)),
+            _ => None,
+        };
         if all.scaled.is_none() {
-            all.scaled = fields.pop().map(|field| (field, 0));
+            all.scaled = segment_field.take().or_else(|| base_field.take()).map(|field| (field, 0));
         }
-        all.added = fields.pop();
-        // Room for what is added to it.
+        all.added = segment_field.or(base_field);
+        // Room for what is added to it, and for one more field.
         let small = all.disp.checked_add(64).is_some();
-        (small && fields.is_empty()).then_some(all)
+        (small && (segment_field.is_none() || base_field.is_none())).then_some(all)
+    }
+
+    /// A guest's register and a displacement.
+    fn based(name: Register, base: u8, disp: i32) -> Self {
+        let names = [name, Register::None, Register::None];
+        Self { base: Some(base), index: None, scaled: None, added: None, disp, names }
     }
 
     /// What RBP points to.
     pub(super) fn frame() -> Self {
-        let names = [Register::RBP, Register::None, Register::None];
-        Self { base: Some(RBP), index: None, scaled: None, added: None, disp: 0, names }
+        Self::based(Register::RBP, RBP, 0)
     }
 
     /// A register and a displacement, if it is no more.
@@ -189,7 +194,7 @@ impl Window {
     }
 }
 
-/// Instructions looked at behind a read for a write to the same place.
+/// Instructions looked at behind an access for others to the same page.
 const FORESIGHT: usize = 12;
 
 /// What is foreseen of the page that an operand lies in.
@@ -294,18 +299,20 @@ impl Translator<'_> {
         match place {
             Place::None => {}
             Place::Linear => self.check_linear(place, wanted),
-            Place::Top if wanted.size().is_power_of_two() => self.check_top(wanted),
             Place::Host | Place::Top => {
-                self.check_linear(place, wanted);
+                if matches!(place, Place::Top) && wanted.size().is_power_of_two() {
+                    self.check_stack(place, R8, 0, wanted);
+                } else {
+                    self.check_linear(place, wanted);
+                }
                 self.asm.lea(R8, Mem::Sum(Some(R8), Some((R10, 0)), 0));
             }
-            Place::Stack(disp) if wanted.size().is_power_of_two() => self.check_stack(place, disp, wanted),
+            Place::Stack(disp) if wanted.size().is_power_of_two() => {
+                self.check_stack(place, R11, disp, wanted);
+            }
             Place::Stack(disp) => {
                 // The same in another way: R10 takes what is to be added.
-                let names = [Register::RSP, Register::None, Register::None];
-                let (base, disp) = (Some(R11), disp);
-                let address = Address { base, index: None, scaled: None, added: None, disp, names };
-                self.look_up(address, wanted, false);
+                self.look_up(Address::based(Register::RSP, R11, disp), wanted, false);
                 self.asm.mov(R10, R8);
             }
             Place::Sum(address) if self.window.is_some_and(|w| w.likely(&address, wanted.is_write())) => {
@@ -326,7 +333,7 @@ impl Translator<'_> {
         let a = &mut self.asm;
         let size = wanted.size() as i32;
         a.regs(false, &[0x89], R8, R10);
-        entry(a);
+        tlb_entry(a);
         if wanted.is_aligned() {
             a.mov(R9, R8);
             a.and_imm(true, R9, -4096 | (size - 1));
@@ -340,24 +347,14 @@ impl Translator<'_> {
         self.miss([Some(from), None], place, wanted, Find::Access);
     }
 
-    fn check_top(&mut self, wanted: Wanted) {
-        let a = &mut self.asm;
-        a.mov(R9, R8);
-        a.and_imm(true, R9, -4096 | (wanted.size() as i32 - 1));
-        a.mem(&[], true, &[0x3b], R9, STACK_PAGE);
-        let from = a.jcc_forward(NOT_EQUAL);
-        a.load(R10, STACK_DELTA);
-        self.miss([Some(from), None], Place::Top, wanted, Find::Stack);
-        self.asm.lea(R8, Mem::Sum(Some(R8), Some((R10, 0)), 0));
-    }
-
-    /// The stack is nearly always in the page it was in before, and aligned. R8 and R9 stay.
-    fn check_stack(&mut self, place: Place, disp: i32, wanted: Wanted) {
+    /// The stack is nearly always in the page it was in before, and aligned: looks for an address, the sum of `base` and `disp`,
+    /// there. R8 and R9 stay.
+    fn check_stack(&mut self, place: Place, base: u8, disp: i32, wanted: Wanted) {
         let a = &mut self.asm;
         if disp == 0 {
-            a.mov(R10, R11);
+            a.mov(R10, base);
         } else {
-            a.lea(R10, Mem::At(R11, disp));
+            a.lea(R10, Mem::At(base, disp));
         }
         a.and_imm(true, R10, -4096 | (wanted.size() as i32 - 1));
         a.mem(&[], true, &[0x3b], R10, STACK_PAGE);
@@ -371,7 +368,7 @@ impl Translator<'_> {
         let a = &mut self.asm;
         let size = wanted.size() as i32;
         address.put(a, false, R10, 0);
-        entry(a);
+        tlb_entry(a);
         if wanted.is_aligned() {
             address.put(a, true, R9, 0);
             a.and_imm(true, R9, -4096 | (size - 1));
@@ -426,13 +423,6 @@ impl Translator<'_> {
             self.window = None;
         }
     }
-}
-
-/// From the low half of an address in R10 to the entry for it.
-fn entry(a: &mut Asm) {
-    a.shr32(R10, 12 - TlbLayout::SHIFT);
-    a.and_imm(false, R10, TlbLayout::MASK);
-    a.mem(&[], true, &[0x03], R10, CURRENT_TLB);
 }
 
 fn tag(write: bool) -> i32 {

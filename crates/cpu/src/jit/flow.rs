@@ -31,9 +31,11 @@ impl Translator<'_> {
             // JRCXZ looks at no flags.
             self.asm.mov(R10, RCX);
             self.asm.load32(RCX, Mem::At(R9, 0));
-            self.asm.bytes(&[0xe3, 8]); // jrcxz over the next two
+            self.asm.bytes(&[0xe3, 0]); // jrcxz over the next two
+            let over = self.asm.code.len();
             self.asm.mov(RCX, R10);
             let from = self.asm.jmp_forward();
+            self.asm.code[over - 1] = (self.asm.code.len() - over) as u8;
             self.asm.mov(RCX, R10);
             from
         };

@@ -49,7 +49,7 @@ pub(super) fn segment_base(segment: usize) -> Mem {
 }
 
 /// The array of translations in use.
-pub(super) const CURRENT_TLB: Mem = Mem::Cpu((offset_of!(Cpu, tlb) + TlbLayout::CURRENT) as i32);
+const CURRENT_TLB: Mem = Mem::Cpu((offset_of!(Cpu, tlb) + TlbLayout::CURRENT) as i32);
 /// The stack's page, and what to add to its addresses.
 pub(super) const STACK_PAGE: Mem = Mem::Cpu((offset_of!(Cpu, tlb) + TlbLayout::STACK_PAGE) as i32);
 pub(super) const STACK_DELTA: Mem = Mem::Cpu((offset_of!(Cpu, tlb) + TlbLayout::STACK_DELTA) as i32);
@@ -256,9 +256,7 @@ fn help(asm: &mut Asm, helper: u64, vectors: (u64, u64), glue: &Glue, leave_save
 fn look_up(asm: &mut Asm, access: u64, stack: bool) {
     asm.mem(&[], false, &[0x89], R9, WANTED);
     asm.regs(false, &[0x89], R8, R10);
-    asm.shr32(R10, 12 - TlbLayout::SHIFT);
-    asm.and_imm(false, R10, TlbLayout::MASK);
-    asm.mem(&[], true, &[0x03], R10, CURRENT_TLB);
+    tlb_entry(asm);
     // Size less one: whether it leaves the page, and whether it is misplaced.
     asm.bytes(&[0x41, 0xc1, 0xe9, 16]); // shr r9d, 16
     asm.and_imm(false, R9, 0x7f);
@@ -300,6 +298,13 @@ fn look_up(asm: &mut Asm, access: u64, stack: bool) {
     }
     asm.load32(R9, WANTED);
     asm.jmp(access);
+}
+
+/// From the low half of an address in R10 to the entry for it among the translations.
+pub(super) fn tlb_entry(asm: &mut Asm) {
+    asm.shr32(R10, 12 - TlbLayout::SHIFT);
+    asm.and_imm(false, R10, TlbLayout::MASK);
+    asm.mem(&[], true, &[0x03], R10, CURRENT_TLB);
 }
 
 /// R9 is no page's address.

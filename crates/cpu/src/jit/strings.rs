@@ -6,7 +6,7 @@ use std::mem::offset_of;
 use iced_x86::{Instruction, Mnemonic, OpKind};
 
 use super::asm::{ABOVE, Asm, BELOW, EQUAL, Forward, Mem, NOT_EQUAL, R8, R9, R10, RCX, RDI, RSI, RSP};
-use super::glue::{ATTENTION, CURRENT_TLB, TEMP};
+use super::glue::{ATTENTION, TEMP, tlb_entry};
 use super::translate::{Decoded, Translator};
 use crate::cpu::{Cpu, fl};
 use crate::mmu::TlbLayout;
@@ -139,9 +139,7 @@ fn to_page_end(asm: &mut Asm, to: u8, address: u8) {
 /// Finds the translation of the page that a register points to, in R10; R9 is lost. The jump is for when there is none.
 fn look_up(asm: &mut Asm, address: u8, tag: i32) -> Forward {
     asm.regs(false, &[0x89], address, R10);
-    asm.shr32(R10, 12 - TlbLayout::SHIFT);
-    asm.and_imm(false, R10, TlbLayout::MASK);
-    asm.mem(&[], true, &[0x03], R10, CURRENT_TLB);
+    tlb_entry(asm);
     asm.mov(R9, address);
     asm.and_imm(true, R9, -PAGE);
     asm.mem(&[], true, &[0x39], R9, Mem::At(R10, tag));
