@@ -35,7 +35,9 @@ pub(super) fn liveness(insns: &mut [Decoded], request: &Request<'_>, table: &mut
 pub(super) fn loses_flags_first(insns: &[Decoded]) -> bool {
     for d in insns {
         match d.info.class {
-            Class::Plain if memory_operand(&d.insn).is_some() || d.info.vector => return true,
+            Class::Plain if memory_operand(&d.insn).is_some() || d.info.vector || d.info.x87.is_some() => {
+                return true;
+            }
             Class::Plain if d.info.flags_read | d.info.flags_changed != 0 => return false,
             Class::Plain | Class::Lea | Class::Nothing => {}
             Class::Branch => return false,

@@ -95,6 +95,7 @@ impl Translator<'_> {
 
     /// Behind a host call: the guest has returned, to what is in R8.
     pub(super) fn returned(&mut self, next: u16) {
+        self.x87_based = false;
         let a = &mut self.asm;
         a.pop(R9);
         a.regs(true, &[0x39], R9, R8);

@@ -7,6 +7,7 @@ use super::help::Wanted;
 use super::strings::{self, Strings};
 use super::vectors::{self, Vectors};
 pub(super) use super::vectors::{ALL_VECTORS, LOW_VECTORS, Widest};
+use super::x87;
 use super::{Hot, JUMP_SHIFT, JUMPS, Jump};
 use crate::cpu::Cpu;
 use crate::mmu::TlbLayout;
@@ -60,6 +61,9 @@ pub(super) const ATTENTION: Mem = hot(offset_of!(Hot, attention));
 pub(super) const TEMP: Mem = hot(offset_of!(Hot, temp));
 pub(super) const ORIGIN: Mem = hot(offset_of!(Hot, origin));
 pub(super) const VECTORS: Mem = hot(offset_of!(Hot, vectors));
+pub(super) const X87: Mem = hot(offset_of!(Hot, x87));
+pub(super) const X87_AT: Mem = hot(offset_of!(Hot, x87_at));
+pub(super) const X87_BASE: Mem = hot(offset_of!(Hot, x87_base));
 pub(super) const BOTTOM: Mem = hot(offset_of!(Hot, bottom));
 pub(super) const LIMIT: Mem = hot(offset_of!(Hot, limit));
 const WANTED: Mem = hot(offset_of!(Hot, wanted));
@@ -96,6 +100,8 @@ pub(super) struct Glue {
     pub(super) load_vectors: u64,
     /// Repeated moves and fills by the operation in R8.
     pub(super) strings: Strings,
+    /// Makes the x87 registers the guest's.
+    pub(super) load_x87: u64,
     /// Makes all of AVX-512's registers the guest's.
     pub(super) load_all_vectors: u64,
 }
@@ -127,6 +133,11 @@ pub(super) type HandlerHelper = unsafe extern "sysv64" fn(*mut Cpu, u64, u32) ->
 pub(super) fn emit(asm: &mut Asm, access: AccessHelper, handler: HandlerHelper, widest: Widest) -> Glue {
     let Vectors { load, load_all, reload, save: save_vectors } = vectors::emit(asm, widest);
     let mut glue = Glue { load_vectors: load, load_all_vectors: load_all, ..Glue::default() };
+    glue.load_x87 = x87::emit_load(asm);
+    let others = Others {
+        save: emit_others(asm, save_vectors, x87::save),
+        reload: emit_others(asm, reload, x87::reload),
+    };
 
     // Returns that were never called for: the entry stays for the next.
     let empty = asm.here();
@@ -165,13 +176,10 @@ pub(super) fn emit(asm: &mut Asm, access: AccessHelper, handler: HandlerHelper, 
     glue.leave = asm.here();
     asm.store(RIP, R8);
     save_registers(asm);
-    asm.cmp_byte(VECTORS, 0);
-    let none = asm.jcc_forward(EQUAL);
-    asm.call(save_vectors);
-    asm.land(none);
+    others.call(asm, others.save);
     let leave_saved = asm.here();
-    asm.mem(&[], false, &[0xc6], 0, VECTORS);
-    asm.byte(0);
+    asm.mem(&[0x66], false, &[0xc7], 0, VECTORS);
+    asm.bytes(&[0, 0]);
     asm.load(RSP, ENTRY_STACK);
     asm.lea(RSP, Mem::At(RSP, 8));
     for &reg in CALLEE_SAVED.iter().rev() {
@@ -195,29 +203,58 @@ pub(super) fn emit(asm: &mut Asm, access: AccessHelper, handler: HandlerHelper, 
     asm.bytes(&[0x41, 0xff, 0xe0]); // jmp r8
 
     glue.access = asm.here();
-    let vectors = (save_vectors, reload);
-    help(asm, access as usize as u64, vectors, &glue, leave_saved, true);
+    help(asm, access as usize as u64, others, &glue, leave_saved, true);
     glue.look_up = asm.here();
     look_up(asm, glue.access, false);
     glue.stack = asm.here();
     look_up(asm, glue.access, true);
     glue.handler = asm.here();
-    help(asm, handler as usize as u64, vectors, &glue, leave_saved, false);
+    help(asm, handler as usize as u64, others, &glue, leave_saved, false);
     glue.strings = strings::emit(asm, glue.handler);
     glue
 }
 
-/// Calls a helper with the processor, R8 and R9, everything of the guest's in its place in memory. `vectors`: what saves and
-/// loads vector registers.
-fn help(asm: &mut Asm, helper: u64, vectors: (u64, u64), glue: &Glue, leave_saved: u64, done_skips: bool) {
+/// Routines for what is not general registers.
+#[derive(Debug, Clone, Copy)]
+struct Others {
+    save: u64,
+    reload: u64,
+}
+
+impl Others {
+    /// Calls one of them, if there is anything.
+    fn call(self, asm: &mut Asm, routine: u64) {
+        const { assert!(offset_of!(Hot, x87) == offset_of!(Hot, vectors) + 1) };
+        asm.mem(&[0x66], false, &[0x83], 7, VECTORS); // both
+        asm.byte(0);
+        let none = asm.jcc_forward(EQUAL);
+        asm.call(routine);
+        asm.land(none);
+    }
+}
+
+/// Moves of vector registers and x87 state what is the guest's. RAX, RDX, R10 and flags are lost.
+fn emit_others(asm: &mut Asm, vectors: u64, x87: fn(&mut Asm)) -> u64 {
+    let at = asm.here();
+    asm.cmp_byte(VECTORS, 0);
+    let none = asm.jcc_forward(EQUAL);
+    asm.call(vectors);
+    asm.land(none);
+    asm.cmp_byte(X87, 0);
+    let none = asm.jcc_forward(EQUAL);
+    x87(asm);
+    asm.land(none);
+    asm.byte(0xc3);
+    at
+}
+
+/// Calls a helper with the processor, R8 and R9, everything of the guest's in its place in memory.
+fn help(asm: &mut Asm, helper: u64, others: Others, glue: &Glue, leave_saved: u64, done_skips: bool) {
     if done_skips {
         asm.store(LINEAR, R8);
     }
     save_registers(asm);
-    asm.cmp_byte(VECTORS, 0);
-    let none = asm.jcc_forward(EQUAL);
-    asm.call(vectors.0);
-    asm.land(none);
+    others.call(asm, others.save);
     asm.load(RDI, hot(offset_of!(Hot, this)));
     asm.mov(RSI, R8);
     asm.regs(false, &[0x89], R9, RDX);
@@ -225,12 +262,9 @@ fn help(asm: &mut Asm, helper: u64, vectors: (u64, u64), glue: &Glue, leave_save
     asm.bytes(&[0xff, 0xd0]); // call rax
     asm.bytes(&[0x83, 0xf8, Verdict::LEAVE as u8]); // cmp eax, 3
     asm.jcc(EQUAL, leave_saved);
-    asm.cmp_byte(VECTORS, 0);
-    let none = asm.jcc_forward(EQUAL);
-    asm.call(vectors.1);
-    asm.land(none);
     asm.mov(R8, RDX);
     asm.regs(false, &[0x89], RAX, R9);
+    others.call(asm, others.reload);
     load_registers(asm);
     asm.bytes(&[0x41, 0x83, 0xf9, Verdict::DISPATCH as u8]); // cmp r9d, 2
     let dispatch = asm.jcc_forward(EQUAL);

@@ -110,7 +110,9 @@ impl Text {
         };
         Self {
             insns: insns.iter().map(piece).collect(),
-            vectors: insns.iter().any(|d| d.info.vector || d.info.class == table::Class::Handler),
+            vectors: insns
+                .iter()
+                .any(|d| d.info.vector || d.info.x87.is_some() || d.info.class == table::Class::Handler),
             unclear: insns.iter().enumerate().any(jumps_nowhere),
         }
     }
@@ -277,7 +279,7 @@ impl Cpu {
             repeats || handled || talks(&d.insn)
         });
         insns.truncate(alone.unwrap_or(insns.len()));
-        if let Some(at) = insns.iter().position(|d| loads_mxcsr(&d.insn)) {
+        if let Some(at) = insns.iter().position(|d| may_unmask(&d.insn)) {
             insns.truncate(at + 1);
         }
     }
@@ -569,8 +571,8 @@ fn talks(insn: &iced_x86::Instruction) -> bool {
     )
 }
 
-/// It may unmask exceptions, which makes other code of what follows: the block is left behind it.
-fn loads_mxcsr(insn: &iced_x86::Instruction) -> bool {
+/// It may mask or unmask exceptions, which makes other code of what follows: the block is left behind it.
+fn may_unmask(insn: &iced_x86::Instruction) -> bool {
     use iced_x86::Mnemonic as M;
     matches!(
         insn.mnemonic(),
@@ -582,6 +584,12 @@ fn loads_mxcsr(insn: &iced_x86::Instruction) -> bool {
             | M::Xrstor64
             | M::Xrstors
             | M::Xrstors64
+            | M::Fldcw
+            | M::Fldenv
+            | M::Frstor
+            | M::Fninit
+            | M::Fnstenv
+            | M::Fnsave
     )
 }
 

@@ -6,7 +6,8 @@
 //!   memory, the [`stack`], repeated [`strings`], their [`flags`], the [`flow`] of control, and the [`stubs`] out of its way;
 //!   [`encode`] puts other operands into an instruction, [`asm`] writes our own;
 //! * [`small`] is what differs for 32-bit code;
-//! * [`glue`] is the code between translated code and Rust, with the [`vectors`] that it moves, [`help`] the Rust that it calls;
+//! * [`glue`] is the code between translated code and Rust, with the [`vectors`] and the [`x87`] state that it moves, [`help`] the Rust
+//!   that it calls;
 //! * [`memory`] is where the code lies;
 //! * [`lockstep`] compares all of this with the interpreter.
 //!
@@ -37,6 +38,7 @@ mod stubs;
 mod table;
 mod translate;
 mod vectors;
+mod x87;
 
 use std::collections::HashMap;
 use std::hash::BuildHasherDefault;
@@ -169,6 +171,11 @@ pub(crate) struct Hot {
     link: u32,
     /// Which vector registers are the guest's, and MXCSR with them: none, [`vectors::LOW_VECTORS`], [`vectors::ALL_VECTORS`].
     vectors: u8,
+    /// The x87 registers are.
+    x87: bool,
+    /// The last x87 instruction that ran on them: its offset in its page, or [`x87::NONE`], and its page.
+    x87_at: u32,
+    x87_base: u64,
     /// Exceptions are left in [`Cpu::raised`]: for comparisons.
     pub(crate) keep_raised: bool,
 }
@@ -193,6 +200,9 @@ impl Hot {
             origin: 0,
             link: NO_LINK,
             vectors: 0,
+            x87: false,
+            x87_at: x87::NONE,
+            x87_base: 0,
             keep_raised: false,
         }
     }

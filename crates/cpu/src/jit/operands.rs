@@ -74,7 +74,8 @@ pub(super) fn needs_handler(insn: &Instruction, info: &Info, key: Key) -> bool {
             let unavailable = info.vector && !key.sse()
                 || info.avx && !key.avx()
                 || info.avx512 && !key.avx512()
-                || info.arithmetic && !key.masked();
+                || (info.arithmetic || info.x87.is_some()) && !key.masked()
+                || info.x87.is_some() && !key.sse();
             let bit_string = matches!(insn.mnemonic(), M::Bt | M::Bts | M::Btr | M::Btc)
                 && memory.is_some()
                 && insn.op_kind(1) == OpKind::Register;
@@ -95,6 +96,7 @@ pub(super) fn needs_handler(insn: &Instruction, info: &Info, key: Key) -> bool {
         }
         Class::Pop => memory.is_some(),
         Class::Divide => odd,
+        Class::LoadControl => odd || !key.sse() || !key.masked(),
         Class::Repeated => !strings::is_repeated(insn),
         _ => false,
     }
@@ -190,6 +192,9 @@ impl Translator<'_> {
         if info.vector {
             self.want_vectors(d.live_in, info.avx512);
         }
+        if info.x87.is_some() {
+            self.want_x87(d.live_in);
+        }
         let mut place = Place::None;
         if let Some(operand) = memory {
             let write = info.written >> operand & 1 != 0;
@@ -223,6 +228,7 @@ impl Translator<'_> {
         if info.flags_changed != 0 {
             (self.in_host, self.in_memory) = (true, false);
         }
+        self.note_x87(d);
         self.notice_written(insn, info.written);
         Some(())
     }

@@ -297,10 +297,8 @@ impl Cpu {
         insns
             .iter()
             .map(|d| {
-                if !matches!(
-                    d.info.class,
-                    table::Class::Handler | table::Class::Divide | table::Class::Repeated
-                ) {
+                use table::Class as C;
+                if !matches!(d.info.class, C::Handler | C::Divide | C::Repeated | C::LoadControl) {
                     return None;
                 }
                 let op = Box::new(self.operation(&d.insn, &page[d.at as usize..], d.at as usize));

@@ -27,6 +27,8 @@ pub(super) enum Stub {
     Leave { from: Forward, at: u16, save_flags: bool },
     /// The vector registers are to be made the guest's, all that AVX-512 has or those that AVX has.
     Vectors { from: Forward, resume: usize, all: bool },
+    /// The x87 registers are.
+    X87 { from: Forward, resume: usize },
 }
 
 /// Who helps with an access.
@@ -49,7 +51,7 @@ impl Stub {
             Self::Link { save_flags, .. } => 27 + if *save_flags { FLAGS_SAVED } else { 0 },
             Self::Far { save_flags, .. } => 38 + if *save_flags { FLAGS_SAVED } else { 0 },
             Self::Leave { save_flags, .. } => 21 + if *save_flags { FLAGS_SAVED } else { 0 },
-            Self::Vectors { .. } => 10,
+            Self::Vectors { .. } | Self::X87 { .. } => 10,
         }
     }
 }
@@ -148,6 +150,11 @@ impl Translator<'_> {
                 Stub::Vectors { from, resume, all } => {
                     code.land_abroad(from, here);
                     a.call(if all { glue.load_all_vectors } else { glue.load_vectors });
+                    a.jmp(code.origin + resume as u64);
+                }
+                Stub::X87 { from, resume } => {
+                    code.land_abroad(from, here);
+                    a.call(glue.load_x87);
                     a.jmp(code.origin + resume as u64);
                 }
             }

@@ -5,7 +5,7 @@ use iced_x86::{
 };
 use skep_hv::cpuid::CpuidTable;
 
-use crate::native;
+use crate::native::{self, X87};
 
 /// How an instruction is translated.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -33,6 +33,8 @@ pub(super) enum Class {
     CallIndirect,
     /// Moves and fills by REP.
     Repeated,
+    /// FLDCW.
+    LoadControl,
     /// Runs in the interpreter's handler.
     Handler,
 }
@@ -71,6 +73,8 @@ pub(super) struct Info {
     pub(super) arithmetic: bool,
     /// The memory operand must be aligned.
     pub(super) aligned: bool,
+    /// Works on x87 registers.
+    pub(super) x87: Option<X87>,
     /// Status flags, as RFLAGS bits.
     pub(super) flags_read: u16,
     pub(super) flags_changed: u16,
@@ -121,6 +125,7 @@ fn look(insn: &Instruction, cpuid: &CpuidTable, factory: &mut InstructionInfoFac
         avx512: false,
         arithmetic: false,
         aligned: false,
+        x87: None,
         flags_read: flags(insn.rflags_read()),
         flags_changed: flags(insn.rflags_modified()),
     };
@@ -156,6 +161,10 @@ fn look(insn: &Instruction, cpuid: &CpuidTable, factory: &mut InstructionInfoFac
         info.class = Class::Plain;
         (info.vector, info.avx, info.avx512) = (direct.vector, direct.avx, direct.avx512);
         (info.arithmetic, info.aligned) = (direct.arithmetic, direct.aligned);
+        info.x87 = direct.x87;
+        if direct.x87 == Some(X87::Loads) {
+            info.class = Class::LoadControl;
+        }
     }
     info
 }

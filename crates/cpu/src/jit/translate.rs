@@ -204,6 +204,10 @@ pub(super) struct Translator<'a> {
     pub(super) in_memory: bool,
     /// Which vector registers are the guest's, as [`Hot`](super::Hot) has it.
     pub(super) vectors: u8,
+    /// The x87 registers are the guest's.
+    pub(super) x87: bool,
+    /// And [`Hot`](super::Hot) knows the page that runs as that of their last instruction.
+    pub(super) x87_based: bool,
     /// The page that R8 and R9 know.
     pub(super) window: Option<Window>,
     /// What comes next is reached from what came last.
@@ -236,6 +240,8 @@ pub(super) fn translate(
         in_host: true,
         in_memory: false,
         vectors: 0,
+        x87: false,
+        x87_based: false,
         window: None,
         reachable: true,
         open: Vec::new(),
@@ -346,6 +352,7 @@ impl Translator<'_> {
             Class::JumpIndirect => self.indirect(d, false),
             Class::CallIndirect => self.indirect(d, true),
             Class::Repeated => self.repeated(d, op),
+            Class::LoadControl => self.load_control(d, op),
             Class::Handler => self.handler(op),
         }
     }

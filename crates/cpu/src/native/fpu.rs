@@ -46,6 +46,8 @@ pub(crate) struct Frame {
     pub(super) operand: [u8; 64],
     /// x87 and MMX registers and their environment as an FXSAVE64 image. XMM registers and MXCSR in it mean nothing.
     pub(super) x87: [u8; LEGACY],
+    /// The header that makes an XSAVE area of that image.
+    pub(super) header: [u64; 8],
     /// MXCSR.
     pub(super) mxcsr: u32,
     /// The host's MXCSR while a thunk runs.
@@ -62,6 +64,13 @@ impl FrameLayout {
     /// Opmask registers.
     pub(crate) const OPMASK: i32 =
         (std::mem::offset_of!(Fpu, frame) + std::mem::offset_of!(Frame, opmask)) as i32;
+    /// The XSAVE area of x87.
+    pub(crate) const X87: i32 = (std::mem::offset_of!(Fpu, frame) + std::mem::offset_of!(Frame, x87)) as i32;
+    /// Its XSTATE_BV.
+    pub(crate) const X87_COMPONENTS: i32 =
+        (std::mem::offset_of!(Fpu, frame) + std::mem::offset_of!(Frame, header)) as i32;
+    /// The pointer to the last instruction.
+    pub(crate) const FIP: i32 = Self::X87 + fx::FIP as i32;
     /// MXCSR.
     pub(crate) const MXCSR: i32 =
         (std::mem::offset_of!(Fpu, frame) + std::mem::offset_of!(Frame, mxcsr)) as i32;
@@ -98,6 +107,8 @@ pub(super) mod fx {
     pub(in crate::native) const XMM: usize = 160;
 }
 
+/// FCW: exception masks.
+pub(crate) const FCW_MASKS: u16 = 0x3f;
 /// FSW: an unmasked exception is pending.
 pub(super) const FSW_ES: u16 = 1 << 7;
 /// FSW: busy, a copy of ES.
@@ -111,6 +122,7 @@ impl Fpu {
             opmask: [0; 8],
             operand: [0; 64],
             x87: [0; LEGACY],
+            header: [0; 8],
             mxcsr: MXCSR_INIT,
             host_mxcsr: MXCSR_INIT,
         };
@@ -129,10 +141,10 @@ impl Fpu {
         self.frame.mxcsr = MXCSR_INIT;
     }
 
-    /// Whether no SIMD floating-point exception is unmasked.
+    /// Whether no floating-point exception is unmasked, neither in MXCSR nor in FCW.
     #[inline(always)]
     pub(crate) fn masked(&self) -> bool {
-        self.frame.mxcsr & 0x1f80 == 0x1f80
+        self.frame.mxcsr & 0x1f80 == 0x1f80 && self.word(fx::FCW) & FCW_MASKS == FCW_MASKS
     }
 
     /// x87 component in its initial configuration (SDM vol. 1 §13.6).
@@ -183,6 +195,7 @@ impl Fpu {
     }
 
     /// A 16-bit field of the x87 image.
+    #[inline(always)]
     pub(super) fn word(&self, at: usize) -> u16 {
         u16::from_le_bytes([self.frame.x87[at], self.frame.x87[at + 1]])
     }

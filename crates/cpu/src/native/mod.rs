@@ -26,10 +26,11 @@ mod xsave;
 use iced_x86::Instruction;
 use skep_hv::cpuid::CpuidTable;
 
-pub(crate) use fpu::{Fpu, FrameLayout, component};
+pub(crate) use fpu::{FCW_MASKS, Fpu, FrameLayout, component};
 pub(crate) use gate::{runs_here, runs_natively};
 pub(crate) use plain::direct;
 pub(crate) use thunk::Thunks;
+pub(crate) use x87::X87;
 
 use crate::cpu::CodeSize;
 use crate::op::{Handler, Op};

@@ -8,7 +8,7 @@ use skep_hv::cpuid::CpuidTable;
 
 use super::gate::{self, Unit};
 use super::thunk::{Thunks, uses_mxcsr};
-use super::x87;
+use super::x87::{self, X87};
 use super::{moves, opmask};
 use crate::cpu::{CodeSize, Cpu};
 use crate::fault::{Exec, vector};
@@ -495,6 +495,8 @@ pub(crate) struct Direct {
     pub(crate) arithmetic: bool,
     /// The memory operand must be aligned to its size.
     pub(crate) aligned: bool,
+    /// Works on x87 registers.
+    pub(crate) x87: Option<X87>,
 }
 
 /// Whether the host's own units may execute `insn` on the guest's registers in place. `None`: only by its handler.
@@ -535,12 +537,14 @@ pub(crate) fn direct(insn: &Instruction, cpuid: &CpuidTable) -> Option<Direct> {
         Unit::Sse => (true, false, false),
         Unit::Avx => (true, true, false),
         Unit::Avx512 => (true, true, true),
-        Unit::X87 | Unit::Mmx | Unit::MmxSse => return None,
+        Unit::X87 => (false, false, false),
+        Unit::Mmx | Unit::MmxSse => return None,
     };
+    let x87 = if unit == Unit::X87 { Some(x87::direct(insn)?) } else { None };
     if !zeroes && unit == Unit::Avx && insn.op_count() == 0 {
         return None;
     }
     memory_access(insn)?;
     let (arithmetic, aligned) = (uses_mxcsr(insn.mnemonic()), must_be_aligned(insn));
-    Some(Direct { vector, avx, avx512, arithmetic, aligned })
+    Some(Direct { vector, avx, avx512, arithmetic, aligned, x87 })
 }

@@ -1,6 +1,8 @@
 //! x87 and MMX: thunks round an FXSAVE image, the last-instruction pointers put right, and the instructions that move
 //! the environment, whose memory image depends on the processor's mode.
 
+use std::sync::LazyLock;
+
 use iced_x86::{Instruction, Mnemonic};
 use skep_hv::cpuid::CpuidTable;
 
@@ -28,6 +30,43 @@ pub(super) fn no_wait(mnemonic: Mnemonic) -> bool {
             | M::Fndisi
             | M::Fnsetpm
     )
+}
+
+/// What an x87 instruction that runs on the guest's registers in place does beside its work.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum X87 {
+    /// FIP points at it.
+    Points,
+    /// FIP is cleared.
+    Clears,
+    /// FIP stays as it is.
+    Keeps,
+    /// FIP stays; it loads FCW.
+    Loads,
+}
+
+/// How the host runs an x87 instruction in place. `None`: not at all.
+pub(super) fn direct(insn: &Instruction) -> Option<X87> {
+    use Mnemonic as M;
+    let how = match insn.mnemonic() {
+        M::Fnstsw | M::Fnstcw | M::Fnclex | M::Wait => X87::Keeps,
+        M::Fninit => X87::Clears,
+        M::Fldcw => X87::Loads,
+        M::Fldenv | M::Frstor => return None,
+        mnemonic if no_wait(mnemonic) => return None,
+        _ => X87::Points,
+    };
+    in_place().then_some(how)
+}
+
+/// Whether x87 instructions may run in place: the state must be moved without that of SSE, and the host must keep neither
+/// selectors nor, but for exceptions, the address of an operand, which here is its own (CPUID.7:EBX bits 6 and 13).
+fn in_place() -> bool {
+    static IS: LazyLock<bool> = LazyLock::new(|| {
+        const WANTED: u32 = 1 << 6 | 1 << 13;
+        is_x86_feature_detected!("xsave") && std::arch::x86_64::__cpuid_count(7, 0).ebx & WANTED == WANTED
+    });
+    *IS
 }
 
 /// The handler for a thunk on `UNIT`.
