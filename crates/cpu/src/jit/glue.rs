@@ -5,8 +5,8 @@ use std::mem::offset_of;
 use super::asm::{Asm, EQUAL, Mem, NOT_EQUAL, R8, R9, R10, R11, R15, RAX, RBP, RBX, RCX, RDI, RDX, RSI, RSP};
 use super::help::Wanted;
 use super::strings::{self, Strings};
+pub(super) use super::vectors::Widest;
 use super::vectors::{self, Vectors};
-pub(super) use super::vectors::{ALL_VECTORS, LOW_VECTORS, Widest};
 use super::x87;
 use super::{Hot, JUMP_SHIFT, JUMPS, Jump};
 use crate::cpu::Cpu;
@@ -96,14 +96,12 @@ pub(super) struct Glue {
     pub(super) stack: u64,
     /// Runs the handler of the operation in R8; what it is in R9. Comes back if the next instruction is next.
     pub(super) handler: u64,
-    /// Makes those vector registers the guest's that AVX has.
-    pub(super) load_vectors: u64,
+    /// Make vector registers the guest's, in steps ([`vectors`]).
+    pub(super) load_vectors: [u64; 3],
     /// Repeated moves and fills by the operation in R8.
     pub(super) strings: Strings,
     /// Makes the x87 registers the guest's.
     pub(super) load_x87: u64,
-    /// Makes all of AVX-512's registers the guest's.
-    pub(super) load_all_vectors: u64,
 }
 
 /// What a helper decided; with it comes a value.
@@ -131,8 +129,8 @@ pub(super) type HandlerHelper = unsafe extern "sysv64" fn(*mut Cpu, u64, u32) ->
 
 /// Writes the routines.
 pub(super) fn emit(asm: &mut Asm, access: AccessHelper, handler: HandlerHelper, widest: Widest) -> Glue {
-    let Vectors { load, load_all, reload, save: save_vectors } = vectors::emit(asm, widest);
-    let mut glue = Glue { load_vectors: load, load_all_vectors: load_all, ..Glue::default() };
+    let Vectors { load, reload, save: save_vectors } = vectors::emit(asm, widest);
+    let mut glue = Glue { load_vectors: load, ..Glue::default() };
     glue.load_x87 = x87::emit_load(asm);
     let others = Others {
         save: emit_others(asm, save_vectors, x87::save),

@@ -169,7 +169,7 @@ pub(crate) struct Hot {
     origin: u32,
     /// The link by which translated code was left.
     link: u32,
-    /// Which vector registers are the guest's, and MXCSR with them: none, [`vectors::LOW_VECTORS`], [`vectors::ALL_VECTORS`].
+    /// Which vector registers are the guest's, and MXCSR with them: none, or a step of [`vectors`].
     vectors: u8,
     /// The x87 registers are.
     x87: bool,

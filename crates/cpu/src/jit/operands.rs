@@ -7,12 +7,13 @@ use super::access::Place;
 use super::asm::{BELOW, Mem, R8, R9, R10, R11, R15, RSP};
 use super::encode::{self, Parts};
 use super::flags::surely_changed;
-use super::glue::{ALL_VECTORS, BASE, LOW_VECTORS, VECTORS, home, segment_base};
+use super::glue::{BASE, VECTORS, home, segment_base};
 use super::help::Wanted;
 use super::strings;
 use super::stubs::Stub;
 use super::table::{Class, Field, Info};
 use super::translate::{Decoded, Translator};
+use super::vectors::{LOW_VECTORS, MORE_VECTORS, WHOLE_VECTORS};
 use crate::cpu::seg;
 
 /// Number of a general register.
@@ -169,9 +170,14 @@ impl Translator<'_> {
         Wanted::new(d.at, d.insn.len() as u8, size as u8, write).on_stack(stack)
     }
 
-    /// Makes the vector registers the guest's, `all` that AVX-512 has or those that AVX has.
-    pub(super) fn want_vectors(&mut self, live: u16, all: bool) {
-        let wanted = if all { ALL_VECTORS } else { LOW_VECTORS };
+    /// Makes the vector registers the guest's that an instruction needs.
+    pub(super) fn want_vectors(&mut self, live: u16, info: &Info) {
+        let wanted = match info {
+            Info { wide: true, .. } => WHOLE_VECTORS,
+            Info { avx512: true, .. } => MORE_VECTORS,
+            Info { vector: true, .. } => LOW_VECTORS,
+            _ => return,
+        };
         if self.vectors >= wanted {
             return;
         }
@@ -180,7 +186,7 @@ impl Translator<'_> {
         self.asm.cmp_byte(VECTORS, wanted);
         let from = self.asm.jcc_forward(BELOW);
         let resume = self.asm.code.len();
-        self.stubs.push(Stub::Vectors { from, resume, all });
+        self.stubs.push(Stub::Vectors { from, resume, wanted });
     }
 
     pub(super) fn plain(&mut self, d: &Decoded) -> Option<()> {
@@ -189,9 +195,7 @@ impl Translator<'_> {
         let size = insn.memory_size().size();
         let bytes = d.text.as_deref().unwrap_or(&self.request.page[d.at as usize..d.end() as usize]);
         let parts = encode::split(bytes, info)?;
-        if info.vector {
-            self.want_vectors(d.live_in, info.avx512);
-        }
+        self.want_vectors(d.live_in, info);
         if info.x87.is_some() {
             self.want_x87(d.live_in);
         }

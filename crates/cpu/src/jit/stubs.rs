@@ -25,8 +25,8 @@ pub(super) enum Stub {
     Far { from: Forward, target: i64, save_flags: bool },
     /// Something wants attention.
     Leave { from: Forward, at: u16, save_flags: bool },
-    /// The vector registers are to be made the guest's, all that AVX-512 has or those that AVX has.
-    Vectors { from: Forward, resume: usize, all: bool },
+    /// The vector registers are to be made the guest's, up to a step of [`super::vectors`].
+    Vectors { from: Forward, resume: usize, wanted: u8 },
     /// The x87 registers are.
     X87 { from: Forward, resume: usize },
 }
@@ -147,9 +147,9 @@ impl Translator<'_> {
                     a.lea(R8, Mem::At(R8, i32::from(at)));
                     a.jmp(glue.leave);
                 }
-                Stub::Vectors { from, resume, all } => {
+                Stub::Vectors { from, resume, wanted } => {
                     code.land_abroad(from, here);
-                    a.call(if all { glue.load_all_vectors } else { glue.load_vectors });
+                    a.call(glue.load_vectors[usize::from(wanted) - 1]);
                     a.jmp(code.origin + resume as u64);
                 }
                 Stub::X87 { from, resume } => {

@@ -67,8 +67,10 @@ pub(super) struct Info {
     pub(super) counted: bool,
     pub(super) vector: bool,
     pub(super) avx: bool,
-    /// Needs all vector and opmask registers.
+    /// Needs the vector and opmask registers that AVX-512 adds.
     pub(super) avx512: bool,
+    /// Needs their upper halves too.
+    pub(super) wide: bool,
     /// Depends on MXCSR.
     pub(super) arithmetic: bool,
     /// The memory operand must be aligned.
@@ -123,6 +125,7 @@ fn look(insn: &Instruction, cpuid: &CpuidTable, factory: &mut InstructionInfoFac
         vector: false,
         avx: false,
         avx512: false,
+        wide: false,
         arithmetic: false,
         aligned: false,
         x87: None,
@@ -160,6 +163,7 @@ fn look(insn: &Instruction, cpuid: &CpuidTable, factory: &mut InstructionInfoFac
     if let Some(direct) = native::direct(insn, cpuid) {
         info.class = Class::Plain;
         (info.vector, info.avx, info.avx512) = (direct.vector, direct.avx, direct.avx512);
+        info.wide = direct.wide;
         (info.arithmetic, info.aligned) = (direct.arithmetic, direct.aligned);
         info.x87 = direct.x87;
         if direct.x87 == Some(X87::Loads) {

@@ -489,8 +489,10 @@ pub(crate) struct Direct {
     pub(crate) vector: bool,
     /// AVX: the upper halves must be enabled.
     pub(crate) avx: bool,
-    /// AVX-512: all vector and opmask registers must be the guest's.
+    /// AVX-512: the registers that it adds must be the guest's.
     pub(crate) avx512: bool,
+    /// Has operands of 512 bits.
+    pub(crate) wide: bool,
     /// Depends on MXCSR, or raises exceptions there.
     pub(crate) arithmetic: bool,
     /// The memory operand must be aligned to its size.
@@ -546,5 +548,7 @@ pub(crate) fn direct(insn: &Instruction, cpuid: &CpuidTable) -> Option<Direct> {
     }
     memory_access(insn)?;
     let (arithmetic, aligned) = (uses_mxcsr(insn.mnemonic()), must_be_aligned(insn));
-    Some(Direct { vector, avx, avx512, arithmetic, aligned, x87 })
+    let zmm = |i| insn.op_kind(i) == OpKind::Register && insn.op_register(i).is_zmm();
+    let wide = (0..insn.op_count()).any(zmm) || insn.memory_size().size() == 64;
+    Some(Direct { vector, avx, avx512, wide, arithmetic, aligned, x87 })
 }

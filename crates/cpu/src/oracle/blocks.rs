@@ -269,9 +269,14 @@ mod tests {
 
     /// Makes NEG of NOT.
     fn spoil(code: &mut [u8]) {
-        for at in 1..code.len() {
-            if code[at - 1] == 0xf7 && code[at] & 0xf8 == 0xd0 {
-                code[at] |= 8;
+        use iced_x86::{Decoder, DecoderOptions, Mnemonic};
+        let whole = code.to_vec();
+        let mut decoder = Decoder::new(64, &whole, DecoderOptions::NONE);
+        while decoder.can_decode() {
+            let start = decoder.position();
+            if decoder.decode().mnemonic() == Mnemonic::Not {
+                let opcode = code[start..].iter().position(|byte| *byte == 0xf7).expect("it has one");
+                code[start + opcode + 1] |= 8;
             }
         }
     }
