@@ -344,7 +344,7 @@ impl Translator<'_> {
         a.mem(&[], true, &[0x39], R9, Mem::At(R10, tag(wanted.is_write())));
         let from = a.jcc_forward(NOT_EQUAL);
         a.load(R10, Mem::At(R10, TlbLayout::DELTA));
-        self.miss([Some(from), None], place, wanted, Find::Access);
+        self.miss([Some(from), None], place, wanted, Find::LookUp);
     }
 
     /// The stack is nearly always in the page it was in before, and aligned: looks for an address, the sum of `base` and `disp`,
@@ -383,8 +383,7 @@ impl Translator<'_> {
         if address.simple().is_none() {
             address.put(a, true, R10, 0);
         }
-        let find = if write == wanted.is_write() { Find::Access } else { Find::LookUp };
-        self.miss([Some(from), None], Place::Sum(address), wanted, find);
+        self.miss([Some(from), None], Place::Sum(address), wanted, Find::LookUp);
         self.window = Some(Window { names: address.names, disp: address.disp, write });
     }
 

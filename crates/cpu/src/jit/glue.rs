@@ -30,6 +30,8 @@ const PINNED: [(u8, u8); 12] = [
 ];
 /// What the ABI wants back.
 const CALLEE_SAVED: [u8; 6] = [RBX, RBP, 12, 13, 14, R15];
+/// Bytes of a page.
+const PAGE: i32 = super::PAGE as i32;
 /// Bytes of return addresses that the host's stack may hold before they are dropped.
 const RETURNS: i32 = 32 << 10;
 
@@ -300,11 +302,11 @@ fn look_up(asm: &mut Asm, access: u64, stack: bool) {
     asm.land(any);
     asm.lea(R9, Mem::Sum(Some(R9), Some((R8, 0)), 0));
     asm.and_imm(true, R9, -4096);
-    let mut fails = vec![misplaced];
+    let mut others = Vec::new();
     let mut compare = |asm: &mut Asm, tag: i32| {
         // The entry is that of the first byte, the page that of the last: both must be the same.
         asm.mem(&[], true, &[0x39], R9, Mem::At(R10, tag));
-        fails.push(asm.jcc_forward(NOT_EQUAL));
+        others.push(asm.jcc_forward(NOT_EQUAL));
     };
     if stack {
         compare(asm, TlbLayout::READ);
@@ -313,23 +315,49 @@ fn look_up(asm: &mut Asm, access: u64, stack: bool) {
         asm.load(R10, Mem::At(R10, TlbLayout::DELTA));
         asm.store(STACK_DELTA, R10);
     } else {
-        test_wanted(asm, Wanted::WRITE);
-        let reads = asm.jcc_forward(EQUAL);
-        compare(asm, TlbLayout::WRITE);
-        let writes = asm.jmp_forward();
-        asm.land(reads);
-        compare(asm, TlbLayout::READ);
-        asm.land(writes);
+        by_kind(asm, &mut compare);
         asm.load(R10, Mem::At(R10, TlbLayout::DELTA));
     }
+    let found = asm.label();
     asm.regs(true, &[0x87], R8, R10); // xchg
     no_page(asm);
     asm.byte(0xc3);
+    for forward in others {
+        asm.land(forward);
+    }
+    // Perhaps it begins in one page and ends in the next, and they follow each other in the host too.
+    let mut fails = vec![misplaced];
+    let mut compare = |asm: &mut Asm, tag: i32| {
+        asm.mem(&[], true, &[0x39], R9, Mem::At(R10, tag));
+        fails.push(asm.jcc_forward(NOT_EQUAL));
+    };
+    asm.lea(R9, Mem::At(R9, -PAGE));
+    by_kind(asm, &mut compare);
+    asm.load(R10, Mem::At(R10, TlbLayout::DELTA));
+    asm.store(LINEAR, R10);
+    asm.lea(R9, Mem::At(R9, PAGE));
+    asm.regs(false, &[0x89], R9, R10);
+    tlb_entry(asm);
+    by_kind(asm, &mut compare);
+    asm.load(R10, Mem::At(R10, TlbLayout::DELTA));
+    asm.mem(&[], true, &[0x39], R10, LINEAR);
+    asm.jcc(EQUAL, asm.origin + found as u64);
     for forward in fails {
         asm.land(forward);
     }
     asm.load32(R9, WANTED);
     asm.jmp(access);
+}
+
+/// Compares with the tag of pages that may be read, or written, whichever the access wants.
+fn by_kind(asm: &mut Asm, compare: &mut impl FnMut(&mut Asm, i32)) {
+    test_wanted(asm, Wanted::WRITE);
+    let reads = asm.jcc_forward(EQUAL);
+    compare(asm, TlbLayout::WRITE);
+    let writes = asm.jmp_forward();
+    asm.land(reads);
+    compare(asm, TlbLayout::READ);
+    asm.land(writes);
 }
 
 /// From the low half of an address in R10 to the entry for it among the translations.

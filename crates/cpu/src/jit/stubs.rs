@@ -34,9 +34,9 @@ pub(super) enum Stub {
 /// Who helps with an access.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Find {
-    /// Rust: there is no translation.
+    /// Rust: it is no simple access.
     Access,
-    /// There may be one.
+    /// There may be a translation, or two, if it straddles pages.
     LookUp,
     /// There may be one, of the stack's page.
     Stack,

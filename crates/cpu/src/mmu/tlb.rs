@@ -10,7 +10,7 @@ use super::books::{LargePages, Log, PageFilter, Writable, WriteHints};
 use super::global::{Found, Globals};
 
 /// Entries per array: a power of two.
-pub(crate) const ENTRIES: usize = 4096;
+pub(crate) const ENTRIES: usize = 8192;
 const PAGE: u64 = 4096;
 /// An entry that matches nothing: pages have zero in their low 12 bits.
 pub(crate) const INVALID: u64 = u64::MAX;
