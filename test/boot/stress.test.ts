@@ -1,5 +1,5 @@
 // stress-ng in a guest with two vCPUs, verifying what it does, for SKEP_STRESS_SECONDS in all (npm run test:stress: 10 minutes). Left out where
-// they are not given. The cpu stressor's long doubles take so long as yet that stress-ng kills it and calls it corrupted.
+// they are not given.
 import { beforeAll, describe, expect, test } from 'vitest'
 import { debianWith, type Guest } from '../helpers/guests.js'
 import { Shell } from '../helpers/shell.js'
