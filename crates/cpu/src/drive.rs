@@ -1,10 +1,11 @@
-//! A door for fuzzing: arbitrary bytes as guest code, in each mode, with nothing behind the machine.
+//! A door for fuzzing: arbitrary bytes as guest code, in each mode, with nothing behind the machine. And one for measuring
+//! how fast code is translated.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use iced_x86::{Decoder, DecoderOptions, Mnemonic};
-use skep_hv::VmOptions;
+use skep_hv::{Translations, VmOptions};
 use skep_hv::cpuid::CpuidTable;
 use skep_hv::state::{CpuState, General, PendingException, StateGroups};
 use skep_hv::step::{Step, StepperFactory};
@@ -18,6 +19,8 @@ use crate::vm::{Mailbox, Shared};
 
 /// Guest memory of a driven processor in bytes.
 const MEMORY: u64 = 1 << 20;
+/// Bytes that an entry of a page directory maps.
+const LARGE_PAGE: u64 = 2 << 20;
 /// Where the bytes are put, and where execution begins.
 const CODE: u64 = 0x8000;
 /// Instructions after which a run ends.
@@ -43,7 +46,7 @@ pub fn run(data: &[u8]) {
 fn prepare(data: &[u8]) -> Option<Box<Cpu>> {
     let [mode, data @ ..] = data else { return None };
     let (registers, code) = data.split_at_checked(128)?;
-    let mut cpu = processor()?;
+    let mut cpu = processor(MEMORY)?;
     let code = &code[..code.len().min(0x4000)];
     cpu.memory.write(CODE, code).ok()?;
     match mode % 4 {
@@ -156,10 +159,40 @@ pub fn hostile_state(data: &[u8]) {
     }
 }
 
+/// A processor whose memory holds a program that is translated and does not run.
+pub struct Translating {
+    cpu: Box<Cpu>,
+}
+
+impl Translating {
+    /// Where the program lies.
+    const AT: u64 = LARGE_PAGE;
+
+    /// As a user's program in 64-bit mode, of less than 1 GiB. `None`: not possible here.
+    pub fn new(program: &[u8]) -> Option<Self> {
+        let mut cpu = processor((Self::AT + program.len() as u64).next_multiple_of(LARGE_PAGE))?;
+        cpu.memory.write(Self::AT, program).ok()?;
+        long_mode(&mut cpu, 3);
+        cpu.jit = Some(Box::new(crate::jit::Jit::new().ok()?));
+        Some(Self { cpu })
+    }
+
+    /// Translates the block at an offset of the program: whether it could.
+    pub fn translate(&mut self, at: u64) -> bool {
+        self.cpu.rip = Self::AT + at;
+        self.cpu.translate_block()
+    }
+
+    /// What was translated.
+    pub fn stats(&self) -> Translations {
+        self.cpu.stats.translations
+    }
+}
+
 /// A state made of bytes. Its first byte says which parts are to be left as they are after reset, so that what is behind the
 /// checks is reached too.
 fn scrambled(data: &[u8], rest: &[u8]) -> CpuState {
-    let mut state = processor().and_then(|mut cpu| cpu.get_state(StateGroups::ALL).ok()).unwrap_or_default();
+    let mut state = processor(MEMORY).and_then(|mut cpu| cpu.get_state(StateGroups::ALL).ok()).unwrap_or_default();
     let mut bytes = data.iter().copied();
     let keep = bytes.next().unwrap_or(0);
     let mut word = || (0..8).fold(0, |v, _| v << 8 | u64::from(bytes.next().unwrap_or(0)));
@@ -213,8 +246,8 @@ fn scrambled(data: &[u8], rest: &[u8]) -> CpuState {
     state
 }
 
-fn processor() -> Option<Box<Cpu>> {
-    let ram = RegionSpec { start: 0, size: MEMORY, kind: RegionKind::Ram };
+fn processor(memory: u64) -> Option<Box<Cpu>> {
+    let ram = RegionSpec { start: 0, size: memory, kind: RegionKind::Ram };
     let memory = GuestMemory::new(&[ram]).ok()?;
     let options = VmOptions { cpuid: table(), tsc_hz: Some(1_000_000_000), ..VmOptions::default() };
     let shared = Shared::new(options);
@@ -265,11 +298,10 @@ fn protected_mode(cpu: &mut Cpu) {
 fn long_mode(cpu: &mut Cpu, cpl: u32) {
     const TABLES: u64 = 0x1000;
     let entry = 0x67;
-    for (at, value) in [
-        (TABLES, (TABLES + 0x1000) | entry),
-        (TABLES + 0x1000, (TABLES + 0x2000) | entry),
-        (TABLES + 0x2000, 0x80 | entry),
-    ] {
+    let pages = (4096 * cpu.memory.page_count() as u64).div_ceil(LARGE_PAGE).min(512);
+    let tables = [(TABLES, (TABLES + 0x1000) | entry), (TABLES + 0x1000, (TABLES + 0x2000) | entry)];
+    let large = (0..pages).map(|page| (TABLES + 0x2000 + 8 * page, page * LARGE_PAGE | 0x80 | entry));
+    for (at, value) in tables.into_iter().chain(large) {
         let _ = cpu.memory.write_u64(at, value);
     }
     cpu.cr3 = TABLES;

@@ -332,6 +332,11 @@ impl Cpu {
         self.left_for = (self.rip, self.hot.stamp);
     }
 
+    /// Translates the block at RIP, for measurements: whether it can be.
+    pub(crate) fn translate_block(&mut self) -> bool {
+        matches!(self.find_code(self.rip), Ok(Found::Code(_)))
+    }
+
     /// Runs the block at RIP, alone, leaving what it raises in [`Cpu::raised`]: for comparisons. False if it cannot be
     /// translated, or cannot be fetched (see there).
     pub(crate) fn run_one_block(&mut self) -> bool {
