@@ -47,6 +47,33 @@ pub(super) enum Mem {
     Sum(Option<u8>, Option<(u8, u8)>, i32),
 }
 
+/// Up to eight bytes of an instruction.
+#[derive(Clone, Copy)]
+struct Piece {
+    bytes: u64,
+    len: usize,
+}
+
+impl Piece {
+    #[inline(always)]
+    fn new() -> Self {
+        Self { bytes: 0, len: 0 }
+    }
+
+    #[inline(always)]
+    fn byte_if(&mut self, there: bool, byte: u8) {
+        self.bytes |= if there { u64::from(byte) << (8 * self.len) } else { 0 };
+        self.len += usize::from(there);
+    }
+
+    #[inline(always)]
+    fn bytes(&mut self, bytes: &[u8]) {
+        for &byte in bytes {
+            self.byte_if(true, byte);
+        }
+    }
+}
+
 /// Code that will stand at a known address.
 pub(super) struct Asm {
     /// The code so far.
@@ -77,19 +104,31 @@ impl Asm {
         self.origin + self.code.len() as u64
     }
 
+    #[inline(always)]
     pub(super) fn bytes(&mut self, bytes: &[u8]) {
         self.code.extend_from_slice(bytes);
     }
 
+    #[inline(always)]
     pub(super) fn byte(&mut self, byte: u8) {
         self.code.push(byte);
     }
 
+    #[inline(always)]
     pub(super) fn imm32(&mut self, value: u32) {
-        self.bytes(&value.to_le_bytes());
+        self.code.extend_from_slice(&value.to_le_bytes());
+    }
+
+    /// One store for all of it: bytes behind its end do no harm.
+    #[inline(always)]
+    fn piece(&mut self, piece: Piece) {
+        let end = self.code.len() + piece.len;
+        self.code.extend_from_slice(&piece.bytes.to_le_bytes());
+        self.code.truncate(end);
     }
 
     /// An instruction on a register and memory: prefixes, REX, opcode, ModRM, SIB, displacement.
+    #[inline(always)]
     pub(super) fn mem(&mut self, prefix: &[u8], wide: bool, opcode: &[u8], reg: u8, mem: Mem) {
         let (base, index) = match mem {
             Mem::Cpu(_) => (None, None),
@@ -97,21 +136,20 @@ impl Asm {
             Mem::Sum(base, index, _) => (base, index),
         };
         let start = self.code.len();
-        if matches!(mem, Mem::Cpu(_)) {
-            self.byte(0x65);
-        }
-        self.bytes(prefix);
+        let mut head = Piece::new();
+        head.byte_if(matches!(mem, Mem::Cpu(_)), 0x65);
+        head.bytes(prefix);
         let high = |r: Option<u8>| r.map_or(0, |r| r >> 3);
         let rex = u8::from(wide) << 3 | reg >> 3 << 2 | high(index.map(|i| i.0)) << 1 | high(base);
-        if rex != 0 {
-            self.byte(0x40 | rex);
-        }
-        self.bytes(opcode);
+        head.byte_if(rex != 0, 0x40 | rex);
+        head.bytes(opcode);
+        self.piece(head);
         self.operand(reg, mem);
         self.one_since(start);
     }
 
     /// ModRM, SIB and displacement.
+    #[inline(always)]
     pub(super) fn operand(&mut self, reg: u8, mem: Mem) {
         self.operand_at(reg, mem, true);
     }
@@ -121,6 +159,7 @@ impl Asm {
         self.operand_at(reg, mem, false);
     }
 
+    #[inline(always)]
     fn operand_at(&mut self, reg: u8, mem: Mem, short: bool) {
         let reg = (reg & 7) << 3;
         let (base, index, disp) = match mem {
@@ -128,29 +167,21 @@ impl Asm {
             Mem::At(base, disp) => (Some(base), None, disp),
             Mem::Sum(base, index, disp) => (base, index, disp),
         };
-        let Some(base) = base else {
-            let (index, scale) = index.unwrap_or((RSP, 0));
-            self.bytes(&[reg | 4, scale << 6 | (index & 7) << 3 | 5]);
-            self.imm32(disp as u32);
-            return;
+        let has_sib = index.is_some() || base.is_none_or(|base| base & 7 == 4);
+        let (index, scale) = index.unwrap_or((RSP, 0));
+        let (kind, disp_len) = match (base, disp) {
+            (None, _) => (0, 4),
+            (Some(base), 0) if base & 7 != 5 => (0, 0),
+            (_, -128..=127) if short => (0x40, 1),
+            _ => (0x80, 4),
         };
-        let kind = match disp {
-            0 if base & 7 != 5 => 0,
-            -128..=127 if short => 0x40,
-            _ => 0x80,
-        };
-        match index {
-            None if base & 7 != 4 => self.byte(kind | reg | base & 7),
-            _ => {
-                let (index, scale) = index.unwrap_or((RSP, 0));
-                self.bytes(&[kind | reg | 4, scale << 6 | (index & 7) << 3 | base & 7]);
-            }
-        }
-        match kind {
-            0 => {}
-            0x40 => self.byte(disp as u8),
-            _ => self.imm32(disp as u32),
-        }
+        let base = base.unwrap_or(5) & 7;
+        let mut piece = Piece::new();
+        piece.byte_if(true, kind | reg | if has_sib { 4 } else { base });
+        piece.byte_if(has_sib, scale << 6 | (index & 7) << 3 | base);
+        piece.bytes |= u64::from(disp as u32) << (8 * piece.len);
+        piece.len += disp_len;
+        self.piece(piece);
     }
 
     /// A 64-bit instruction on a register and memory near by.
@@ -160,44 +191,51 @@ impl Asm {
     }
 
     /// An instruction on two registers.
+    #[inline(always)]
     pub(super) fn regs(&mut self, wide: bool, opcode: &[u8], reg: u8, rm: u8) {
         let start = self.code.len();
         let rex = u8::from(wide) << 3 | reg >> 3 << 2 | rm >> 3;
-        if rex != 0 {
-            self.byte(0x40 | rex);
-        }
-        self.bytes(opcode);
-        self.byte(0xc0 | (reg & 7) << 3 | rm & 7);
+        let mut piece = Piece::new();
+        piece.byte_if(rex != 0, 0x40 | rex);
+        piece.bytes(opcode);
+        piece.byte_if(true, 0xc0 | (reg & 7) << 3 | rm & 7);
+        self.piece(piece);
         self.one_since(start);
     }
 
+    #[inline(always)]
     pub(super) fn load(&mut self, reg: u8, mem: Mem) {
         self.mem(&[], true, &[0x8b], reg, mem);
     }
 
+    #[inline(always)]
     pub(super) fn load32(&mut self, reg: u8, mem: Mem) {
         self.mem(&[], false, &[0x8b], reg, mem);
     }
 
+    #[inline(always)]
     pub(super) fn store(&mut self, mem: Mem, reg: u8) {
         self.mem(&[], true, &[0x89], reg, mem);
     }
 
+    #[inline(always)]
     pub(super) fn lea(&mut self, reg: u8, mem: Mem) {
         self.mem(&[], true, &[0x8d], reg, mem);
     }
 
+    #[inline(always)]
     pub(super) fn mov(&mut self, to: u8, from: u8) {
         self.regs(true, &[0x89], from, to);
     }
 
     /// Zero-extends.
     pub(super) fn mov_imm32(&mut self, reg: u8, value: u32) {
-        if reg > 7 {
-            self.byte(0x41);
-        }
-        self.byte(0xb8 | reg & 7);
-        self.imm32(value);
+        let mut piece = Piece::new();
+        piece.byte_if(reg > 7, 0x41);
+        piece.byte_if(true, 0xb8 | reg & 7);
+        piece.bytes |= u64::from(value) << (8 * piece.len);
+        piece.len += 4;
+        self.piece(piece);
     }
 
     pub(super) fn mov_imm(&mut self, reg: u8, value: u64) {
@@ -232,17 +270,16 @@ impl Asm {
     }
 
     /// AND, sign-extended immediate.
+    #[inline(always)]
     pub(super) fn and_imm(&mut self, wide: bool, reg: u8, value: i32) {
         let rex = 0x40 | u8::from(wide) << 3 | reg >> 3;
-        if rex != 0x40 {
-            self.byte(rex);
-        }
-        if let Ok(small) = i8::try_from(value) {
-            self.bytes(&[0x83, 0xe0 | reg & 7, small as u8]);
-        } else {
-            self.bytes(&[0x81, 0xe0 | reg & 7]);
-            self.imm32(value as u32);
-        }
+        let (opcode, len) = if i8::try_from(value).is_ok() { (0x83, 1) } else { (0x81, 4) };
+        let mut piece = Piece::new();
+        piece.byte_if(rex != 0x40, rex);
+        piece.bytes(&[opcode, 0xe0 | reg & 7]);
+        piece.bytes |= u64::from(value as u32) << (8 * piece.len);
+        piece.len += len;
+        self.piece(piece);
     }
 
     /// SHR of the low 32 bits.
@@ -295,16 +332,20 @@ impl Asm {
         self.imm32(target.wrapping_sub(next) as u32);
     }
 
-    pub(super) fn jmp(&mut self, target: u64) {
+    /// A jump or call whose opcode has one byte.
+    #[inline(always)]
+    fn transfer(&mut self, opcode: u8, target: u64) {
         self.keep_off_line_ends(5, false);
-        self.byte(0xe9);
-        self.relative(target);
+        let distance = target.wrapping_sub(self.here() + 5) as u32;
+        self.piece(Piece { bytes: u64::from(distance) << 8 | u64::from(opcode), len: 5 });
+    }
+
+    pub(super) fn jmp(&mut self, target: u64) {
+        self.transfer(0xe9, target);
     }
 
     pub(super) fn call(&mut self, target: u64) {
-        self.keep_off_line_ends(5, false);
-        self.byte(0xe8);
-        self.relative(target);
+        self.transfer(0xe8, target);
     }
 
     /// What comes next may be jumped to.
@@ -325,41 +366,54 @@ impl Asm {
         let at = if conditional && self.last.1 == here { self.last.0 } else { here };
         let start = (self.origin as usize + at) % LINE;
         let all = here - at + len;
-        if !self.aligns || start + all < LINE || all >= LINE {
-            return;
+        if self.aligns && start + all >= LINE && all < LINE {
+            self.fill(at, LINE - start);
         }
-        let mut left = LINE - start;
+    }
+
+    /// Puts `count` bytes of instructions that do nothing, at most a line of them, in front of the last instruction, which
+    /// begins at `at`.
+    fn fill(&mut self, at: usize, count: usize) {
+        let here = self.code.len();
+        self.code.extend_from_slice(&[0; LINE]);
+        self.code.truncate(here + count);
+        self.code.copy_within(at..here, at + count);
+        let (mut at, mut left) = (at, count);
         while left > 0 {
-            let nop = NOPS[left.min(NOPS.len()) - 1];
-            self.code.splice(at..at, nop.iter().copied());
-            left -= nop.len();
+            // The last one comes first.
+            let len = if left % NOPS.len() == 0 { NOPS.len() } else { left % NOPS.len() };
+            self.code[at..at + len].copy_from_slice(NOPS[len - 1]);
+            (at, left) = (at + len, left - len);
         }
     }
 
     pub(super) fn jcc(&mut self, condition: u8, target: u64) {
         self.keep_off_line_ends(6, true);
-        self.bytes(&[0x0f, 0x80 | condition]);
-        self.relative(target);
+        let distance = target.wrapping_sub(self.here() + 6) as u32;
+        self.jcc_by(condition, distance);
+    }
+
+    #[inline(always)]
+    fn jcc_by(&mut self, condition: u8, distance: u32) {
+        let bytes = u64::from(distance) << 16 | u64::from(0x80 | condition) << 8 | 0x0f;
+        self.piece(Piece { bytes, len: 6 });
     }
 
     pub(super) fn jmp_forward(&mut self) -> Forward {
         self.keep_off_line_ends(5, false);
-        self.byte(0xe9);
-        self.imm32(0);
+        self.piece(Piece { bytes: 0xe9, len: 5 });
         Forward(self.code.len())
     }
 
     pub(super) fn call_forward(&mut self) -> Forward {
         self.keep_off_line_ends(5, false);
-        self.byte(0xe8);
-        self.imm32(0);
+        self.piece(Piece { bytes: 0xe8, len: 5 });
         Forward(self.code.len())
     }
 
     pub(super) fn jcc_forward(&mut self, condition: u8) -> Forward {
         self.keep_off_line_ends(6, true);
-        self.bytes(&[0x0f, 0x80 | condition]);
-        self.imm32(0);
+        self.jcc_by(condition, 0);
         Forward(self.code.len())
     }
 
