@@ -255,7 +255,7 @@ fn replaces(insn: &Instruction, written: u8, names: [Register; 3]) -> bool {
     use Mnemonic as M;
     let steps = matches!(insn.mnemonic(), M::Add | M::Sub | M::Inc | M::Dec | M::Lea);
     let of = |n: u8| names[..2].iter().any(|&name| number(name) == Some(n));
-    !steps && (0..insn.op_count()).any(|i| written >> i & 1 != 0 && operand_number(insn, i).is_some_and(of))
+    !steps && (0..4).any(|i| written >> i & 1 != 0 && operand_number(insn, i).is_some_and(of))
 }
 
 impl Translator<'_> {
@@ -268,7 +268,7 @@ impl Translator<'_> {
         }
         let homed = |i: u32| operand_number(insn, i).is_some_and(is_homed);
         // Where many registers have to be loaded there is no room for the window.
-        let crowded = (0..insn.op_count()).filter(|&i| homed(i)).count() > 1;
+        let crowded = (0..4).filter(|&i| homed(i)).count() > 1;
         if !has_small_address(insn)
             && !has_high_byte(insn)
             && !crowded

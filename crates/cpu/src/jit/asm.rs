@@ -92,12 +92,18 @@ pub(super) struct Forward(pub(super) usize);
 
 impl Asm {
     pub(super) fn new(origin: u64) -> Self {
-        Self { code: Vec::with_capacity(1024), origin, last: (0, 0), aligns: true }
+        Self::within(Vec::with_capacity(1024), origin)
+    }
+
+    /// The same, with room for it.
+    pub(super) fn within(mut room: Vec<u8>, origin: u64) -> Self {
+        room.clear();
+        Self { code: room, origin, last: (0, 0), aligns: true }
     }
 
     /// Code that seldom runs.
-    pub(super) fn aside(origin: u64) -> Self {
-        Self { aligns: false, ..Self::new(origin) }
+    pub(super) fn aside(room: Vec<u8>, origin: u64) -> Self {
+        Self { aligns: false, ..Self::within(room, origin) }
     }
 
     pub(super) fn here(&self) -> u64 {

@@ -258,8 +258,8 @@ pub(crate) struct Jit {
     records: usize,
     links: Vec<OpenLink>,
     ops: Ops,
-    /// Room for what is read of code.
-    page: Option<Box<translate::Page>>,
+    /// Nowhere while something is translated.
+    room: Option<Box<translate::Room>>,
     /// Jumps may lead to other blocks at once.
     chain: bool,
     /// Blocks go on behind conditional jumps and calls.
@@ -308,7 +308,7 @@ impl Jit {
             records: 0,
             links: Vec::new(),
             ops: Vec::new(),
-            page: None,
+            room: None,
             chain: true,
             extends: true,
             repeatable: false,

@@ -16,9 +16,30 @@ use super::translate::{Decoded, Translator};
 use super::vectors::{LOW_VECTORS, MORE_VECTORS, WHOLE_VECTORS};
 use crate::cpu::seg;
 
+/// Numbers of general registers by iced's names, whatever part of them is named, and [`NO_NUMBER`] for all others.
+const NUMBERS: [u8; 256] = {
+    let mut numbers = [NO_NUMBER; 256];
+    let mut n = 0;
+    while n < 16 {
+        // AL, CL, DL, BL, AH, CH, DH, BH, SPL and so on.
+        numbers[Register::AL as usize + n + if n < 4 { 0 } else { 4 }] = n as u8;
+        numbers[Register::AX as usize + n] = n as u8;
+        numbers[Register::EAX as usize + n] = n as u8;
+        numbers[Register::RAX as usize + n] = n as u8;
+        n += 1;
+    }
+    while n < 20 {
+        numbers[Register::AH as usize + n - 16] = n as u8 - 16;
+        n += 1;
+    }
+    numbers
+};
+const NO_NUMBER: u8 = u8::MAX;
+
 /// Number of a general register.
+#[inline(always)]
 pub(super) fn number(register: Register) -> Option<u8> {
-    register.is_gpr().then(|| register.full_register().number() as u8)
+    Some(NUMBERS[register as u8 as usize]).filter(|&n| n != NO_NUMBER)
 }
 
 /// Whether a guest register stays in memory: R9 to R11, and R15, which compilers take last.
@@ -35,8 +56,10 @@ pub(super) fn host(n: u8) -> u8 {
     }
 }
 
+/// Number of the general register that an operand is. Where there is no operand, or another, iced names no register.
+#[inline(always)]
 pub(super) fn operand_number(insn: &Instruction, i: u32) -> Option<u8> {
-    (i < insn.op_count() && insn.op_kind(i) == OpKind::Register).then(|| number(insn.op_register(i)))?
+    number(insn.op_register(i))
 }
 
 /// Whether the memory operand has a 32-bit address.
@@ -47,14 +70,15 @@ pub(super) fn has_small_address(insn: &Instruction) -> bool {
 }
 
 pub(super) fn has_high_byte(insn: &Instruction) -> bool {
-    (0..insn.op_count()).any(|i| {
-        insn.op_kind(i) == OpKind::Register
-            && matches!(insn.op_register(i), Register::AH | Register::BH | Register::CH | Register::DH)
-    })
+    let high = |i| matches!(insn.op_register(i), Register::AH | Register::BH | Register::CH | Register::DH);
+    (0..4).any(high)
 }
 
+/// Which operand is in memory: never the fifth.
+#[inline(always)]
 pub(super) fn memory_operand(insn: &Instruction) -> Option<u32> {
-    (0..insn.op_count()).find(|&i| insn.op_kind(i) == OpKind::Memory)
+    let kinds = [insn.op0_kind(), insn.op1_kind(), insn.op2_kind(), insn.op3_kind()];
+    kinds.iter().position(|&kind| kind == OpKind::Memory).map(|i| i as u32)
 }
 
 /// Whether the interpreter's handler is to run an instruction, whatever its code promises.
@@ -80,10 +104,11 @@ pub(super) fn needs_handler(insn: &Instruction, info: &Info, key: Key) -> bool {
             let bit_string = matches!(insn.mnemonic(), M::Bt | M::Bts | M::Btr | M::Btc)
                 && memory.is_some()
                 && insn.op_kind(1) == OpKind::Register;
-            let implicit = insn.op_kinds().any(|k| k > OpKind::Immediate32to64 && k != OpKind::Memory);
+            let kinds = [insn.op0_kind(), insn.op1_kind(), insn.op2_kind(), insn.op3_kind()];
+            let implicit = kinds.iter().any(|&k| k > OpKind::Immediate32to64 && k != OpKind::Memory);
             // High bytes allow no REX prefix, which the stand-in for RSP needs.
             let clash =
-                has_high_byte(insn) && (0..insn.op_count()).any(|i| operand_number(insn, i) == Some(RSP));
+                has_high_byte(insn) && (0..4).any(|i| operand_number(insn, i) == Some(RSP));
             // F3 makes one form of XCHG another instruction.
             let repeated = insn.mnemonic() == M::Xchg && insn.has_rep_prefix();
             // With other registers in the operand it might have more than 15 bytes.
@@ -220,8 +245,7 @@ impl Translator<'_> {
             }
         }
         let high = has_high_byte(insn);
-        let moved = (0..insn.op_count())
-            .any(|i| operand_number(insn, i).is_some_and(|n| is_homed(n) || host(n) != n));
+        let moved = (0..4).any(|i| operand_number(insn, i).is_some_and(|n| is_homed(n) || host(n) != n));
         if memory.is_none() && !moved {
             let start = self.asm.code.len();
             self.asm.bytes(bytes);
@@ -280,14 +304,15 @@ impl Translator<'_> {
                 | iced_x86::Mnemonic::Movsxd
         ) && insn.op0_register().size() >= 4;
         // What is free, for the registers that must be loaded.
-        let mut free = place.scratch().to_vec();
+        let mut free = place.scratch();
         let mut placed: [Option<(u8, u8)>; 4] = [None; 4];
-        for i in 0..insn.op_count().min(4) as usize {
+        for i in 0..4 {
             let Some(n) = homed(i) else { continue };
             if at_home == Some(i) || placed.iter().flatten().any(|p| p.0 == n) {
                 continue;
             }
-            let scratch = free.pop()?;
+            let (&scratch, others) = free.split_last()?;
+            free = others;
             if scratch != R10 {
                 self.window = None;
             }
@@ -308,7 +333,7 @@ impl Translator<'_> {
                 n => Some(host(n)).filter(|&host| host != n),
             }
         });
-        for i in 0..insn.op_count().min(4) as usize {
+        for i in 0..4 {
             if info.written >> i & 1 != 0
                 && at_home != Some(i)
                 && let Some(scratch) = homed(i).and_then(placed_at)
@@ -325,7 +350,7 @@ impl Translator<'_> {
         let size = insn.op_register(i as u32).size();
         let n = operand_number(insn, i as u32);
         // Two operands of one register would see each other; with memory these are locked, or reach beyond it.
-        let alone = (0..insn.op_count()).filter(|&k| operand_number(insn, k) == n).count() == 1;
+        let alone = (0..4).filter(|&k| operand_number(insn, k) == n).count() == 1;
         let other =
             matches!(insn.mnemonic(), M::Xchg | M::Xadd | M::Cmpxchg | M::Bt | M::Bts | M::Btr | M::Btc);
         // Writing 32 bits clears the rest of a register; writing fewer makes the next load wait.

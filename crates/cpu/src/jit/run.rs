@@ -5,7 +5,7 @@ use std::arch::asm;
 use std::cell::Cell;
 use std::sync::atomic::Ordering;
 
-use super::translate::{self, Made, Request, Source};
+use super::translate::{self, Request, Source};
 use super::{
     ENOUGH_BYTES, Found, Jit, Jump, Key, NO_LINK, OpenLink, Ops, Origin, PAGE, RESERVE, dump, table,
 };
@@ -152,17 +152,17 @@ impl Cpu {
 
     /// Makes code for what lies at `linear`, the block `id`. `None`: it cannot be translated.
     fn translate_code(&mut self, jit: &mut Jit, linear: u64, id: u64, key: Key) -> Exec<Option<u64>> {
-        let mut page = jit.page.take().unwrap_or_else(|| Box::new([0; PAGE as usize + 16]));
-        let code = self.translate_page(jit, &mut page, linear, id, key);
-        jit.page = Some(page);
+        let mut room = jit.room.take().unwrap_or_default();
+        let code = self.translate_page(jit, &mut room, linear, id, key);
+        jit.room = Some(room);
         code
     }
 
-    /// The same; `bytes` is room for what is read of the page.
+    /// The same.
     fn translate_page(
         &mut self,
         jit: &mut Jit,
-        bytes: &mut translate::Page,
+        room: &mut translate::Room,
         linear: u64,
         id: u64,
         key: Key,
@@ -181,21 +181,22 @@ impl Cpu {
         let at = (linear % PAGE) as u16;
         let prefix = id & !((PAGE << Key::BITS) - 1) | u64::from(key.0);
         let shared = self.shared.clone();
+        let translate::Room { page: bytes, insns, made } = room;
         loop {
             let first = self.code_page(linear)?;
             let known = |at: u16| jit.blocks.get(&(prefix | u64::from(at) << Key::BITS)).copied();
             let (most, on, cpuid) = (jit.most, jit.extends, &shared.cpuid);
             let (begin, mut end) = (at as usize, (at as usize + ENOUGH_BYTES).min(PAGE as usize));
-            let mut insns = loop {
+            loop {
                 crate::decode::copy_code(&first, begin, &mut bytes[begin..end]);
                 let source = Source { page: bytes, len: end, key, most, on, known: &known, cpuid };
-                let insns = translate::decode(&source, at, &mut jit.table);
+                translate::decode(&source, at, &mut jit.table, insns);
                 let decoded = insns.last().map_or(begin, |last| last.end() as usize);
                 if end == PAGE as usize || decoded + 15 <= end {
-                    break insns;
+                    break;
                 }
                 end = PAGE as usize;
-            };
+            }
             let mut second = None;
             if insns.is_empty() && u64::from(at) + 15 > PAGE {
                 if key.small() && linear | (PAGE - 1) == u64::from(u32::MAX) {
@@ -208,11 +209,11 @@ impl Cpu {
                 crate::decode::copy_code(&page, 0, &mut bytes[PAGE as usize..]);
                 let len = bytes.len();
                 let source = Source { page: bytes, len, key, most: 1, on, known: &known, cpuid };
-                insns = translate::decode(&source, at, &mut jit.table);
+                translate::decode(&source, at, &mut jit.table, insns);
                 second = Some(page);
             }
             if jit.repeatable {
-                self.keep_repeatable(bytes, &mut insns);
+                self.keep_repeatable(bytes, insns);
             }
             let Some(last) = insns.last() else { return Ok(None) };
             let len = (last.end() - at) as usize;
@@ -228,7 +229,7 @@ impl Cpu {
             if again[..len] != bytes[begin..begin + len] {
                 continue;
             }
-            let ops = self.operations(&mut jit.ops, bytes, &insns);
+            let ops = self.operations(&mut jit.ops, bytes, insns);
             let known = |at: u16| jit.blocks.get(&(prefix | u64::from(at) << Key::BITS)).copied();
             let stale = Cell::new(false);
             // What is read is watched from before.
@@ -250,22 +251,21 @@ impl Cpu {
             };
             let origin = jit.memory.next();
             let aside = |len| jit.memory.next_aside(len);
-            let made = translate::translate(origin, aside, request, &mut insns, &ops, &mut jit.table);
-            #[cfg_attr(not(test), expect(unused_mut, reason = "tests spoil it"))]
-            let Some(Made { mut code, aside, entry, links }) = made else { return Ok(None) };
+            let entry = translate::translate(origin, aside, request, insns, &ops, &mut jit.table, made);
+            let Some(entry) = entry else { return Ok(None) };
             if stale.get() {
                 continue;
             }
             #[cfg(test)]
             if let Some(spoil) = jit.spoil {
-                spoil(&mut code);
+                spoil(&mut made.code);
             }
-            self.describe_block(entry.from_memory, &insns, bytes);
-            dump::block(linear, origin, &insns, &code);
-            if !jit.memory.add(&code, &aside) {
+            self.describe_block(entry.from_memory, insns, bytes);
+            dump::block(linear, origin, insns, &made.code);
+            if !jit.memory.add(&made.code, &made.aside) {
                 return Ok(None);
             }
-            for link in links {
+            for &link in &made.links {
                 jit.links.push(OpenLink { link, target: prefix | u64::from(link.target) << Key::BITS });
             }
             jit.keep(id, first.index, versions[0]);
@@ -279,10 +279,10 @@ impl Cpu {
             } else {
                 jit.blocks.insert(id, entry);
             }
-            let made = &mut self.stats.translations;
-            made.blocks += 1;
-            made.instructions += insns.len() as u64;
-            made.bytes += (code.len() + aside.len()) as u64;
+            let stats = &mut self.stats.translations;
+            stats.blocks += 1;
+            stats.instructions += insns.len() as u64;
+            stats.bytes += (made.code.len() + made.aside.len()) as u64;
             return Ok(Some(entry.from_memory));
         }
     }
@@ -294,11 +294,17 @@ impl Cpu {
         page: &[u8],
         insns: &[translate::Decoded],
     ) -> Vec<Option<*const Op>> {
+        let has_handler = |d: &translate::Decoded| {
+            use table::Class as C;
+            matches!(d.info.class, C::Handler | C::Divide | C::Repeated | C::LoadControl)
+        };
+        if !insns.iter().any(has_handler) {
+            return Vec::new();
+        }
         insns
             .iter()
             .map(|d| {
-                use table::Class as C;
-                if !matches!(d.info.class, C::Handler | C::Divide | C::Repeated | C::LoadControl) {
+                if !has_handler(d) {
                     return None;
                 }
                 let op = Box::new(self.operation(&d.insn, &page[d.at as usize..], d.at as usize));

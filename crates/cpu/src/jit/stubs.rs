@@ -83,14 +83,14 @@ fn help_with_access(a: &mut Asm, place: Place, wanted: Wanted, routine: u64, (re
 
 impl Translator<'_> {
     /// Writes what stands out of the way, for where it will lie.
-    pub(super) fn finish_stubs(&mut self, at: impl FnOnce(usize) -> u64) -> Vec<u8> {
+    pub(super) fn finish_stubs(&mut self, room: Vec<u8>, at: impl FnOnce(usize) -> u64) -> Vec<u8> {
         let glue = self.request.glue;
-        let stubs = std::mem::take(&mut self.stubs);
+        let mut stubs = std::mem::take(&mut self.stubs);
         let len = stubs.iter().map(Stub::most).sum::<usize>();
-        let mut aside = Asm::aside(at(len));
+        let mut aside = Asm::aside(room, at(len));
         let (a, code) = (&mut aside, &mut self.asm);
         let end_of_block = code.origin + code.code.len() as u64;
-        for stub in stubs {
+        for stub in stubs.drain(..) {
             let here = a.here();
             match stub {
                 Stub::Access { from, place, wanted, find, resume, done } => {
@@ -161,6 +161,7 @@ impl Translator<'_> {
         }
         debug_assert!(aside.code.len() <= len);
         aside.code.resize(len, 0xcc);
+        self.stubs = stubs;
         aside.code
     }
 }

@@ -5,6 +5,7 @@ use iced_x86::{
 };
 use skep_hv::cpuid::CpuidTable;
 
+use super::operands::memory_operand;
 use crate::native::{self, X87};
 
 /// How an instruction is translated.
@@ -87,22 +88,21 @@ pub(super) const STATUS_FLAGS: u16 = 0x8d5;
 
 /// All that is known so far.
 pub(super) struct Table {
-    known: Vec<Option<Box<Info>>>,
+    known: Vec<Option<Info>>,
     factory: InstructionInfoFactory,
 }
 
 impl Table {
     pub(super) fn new() -> Self {
-        let known = std::iter::repeat_with(|| None).take(2 * Code::values().len()).collect();
-        Self { known, factory: InstructionInfoFactory::new() }
+        Self { known: vec![None; 2 * Code::values().len()], factory: InstructionInfoFactory::new() }
     }
 
     pub(super) fn get(&mut self, insn: &Instruction, cpuid: &CpuidTable) -> &Info {
         let Self { known, factory } = self;
         // With an operand in memory it may be quite another thing.
-        let memory = insn.op_kinds().any(|kind| kind == OpKind::Memory);
+        let memory = memory_operand(insn).is_some();
         known[2 * insn.code() as usize + usize::from(memory)]
-            .get_or_insert_with(|| Box::new(look(insn, cpuid, factory)))
+            .get_or_insert_with(|| look(insn, cpuid, factory))
     }
 }
 

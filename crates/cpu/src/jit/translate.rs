@@ -29,6 +29,19 @@ const ENOUGH: usize = 8;
 /// A page of code as it was read, and what begins the page behind it, for an instruction that straddles both.
 pub(super) type Page = [u8; PAGE as usize + 16];
 
+/// What a translation is made in, kept for the next.
+pub(super) struct Room {
+    pub(super) page: Page,
+    pub(super) insns: Vec<Decoded>,
+    pub(super) made: Made,
+}
+
+impl Default for Room {
+    fn default() -> Self {
+        Self { page: [0; PAGE as usize + 16], insns: Vec::new(), made: Made::default() }
+    }
+}
+
 /// One decoded instruction.
 pub(super) struct Decoded {
     pub(super) insn: Instruction,
@@ -95,15 +108,16 @@ pub(super) struct Source<'a> {
     pub(super) cpuid: &'a CpuidTable,
 }
 
-/// Decodes from `at` to the end of a block, which stays on the page.
-pub(super) fn decode(source: &Source<'_>, at: u16, table: &mut Table) -> Vec<Decoded> {
+/// Decodes from `at` to the end of a block, which stays on the page. What `all` holds is lost.
+pub(super) fn decode(source: &Source<'_>, at: u16, table: &mut Table, all: &mut Vec<Decoded>) {
     let Source { page, len, key, most, cpuid, .. } = *source;
     let bytes = &page[at as usize..len];
     let mut decoder = Decoder::with_ip(key.bits(), bytes, u64::from(at), DecoderOptions::NONE);
-    let mut all: Vec<Decoded> = Vec::with_capacity(16);
+    all.clear();
     while all.len() < most.min(MAX_INSTRUCTIONS) && decoder.can_decode() {
         let at = decoder.ip() as u16;
-        let mut insn = decoder.decode();
+        let mut insn = Instruction::default();
+        decoder.decode_out(&mut insn);
         if insn.is_invalid() {
             // Too few bytes are left, or it raises #UD: the interpreter knows.
             break;
@@ -137,7 +151,6 @@ pub(super) fn decode(source: &Source<'_>, at: u16, table: &mut Table) -> Vec<Dec
             }
         }
     }
-    all
 }
 
 /// A jump whose target was not there yet.
@@ -182,13 +195,15 @@ pub(super) struct Request<'a> {
     pub(super) read: &'a dyn Fn(usize, &mut [u8]),
 }
 
-/// What the translator made.
+/// What the translator made. It becomes room for the next.
+#[derive(Default)]
 pub(super) struct Made {
     pub(super) code: Vec<u8>,
     /// What stands out of the way.
     pub(super) aside: Vec<u8>,
-    pub(super) entry: Entry,
     pub(super) links: Vec<Link>,
+    stubs: Vec<Stub>,
+    open: Vec<usize>,
 }
 
 pub(super) struct Translator<'a> {
@@ -218,7 +233,7 @@ pub(super) struct Translator<'a> {
     pub(super) later: Vec<Later>,
 }
 
-/// Translates. `ops` holds the operations for those instructions that have handlers.
+/// Translates, into `made`. `ops` holds the operations for those instructions that have handlers, or nothing if none has.
 pub(super) fn translate(
     origin: u64,
     aside: impl FnOnce(usize) -> u64,
@@ -226,15 +241,17 @@ pub(super) fn translate(
     insns: &mut [Decoded],
     ops: &[Option<*const Op>],
     table: &mut Table,
-) -> Option<Made> {
+    made: &mut Made,
+) -> Option<Entry> {
     let start = insns.first()?.at;
     liveness(insns, &request, table);
     foresee_accesses(insns);
     let live = insns[0].live_in;
+    let room = std::mem::take(made);
     let mut t = Translator {
-        asm: Asm::new(origin),
-        stubs: Vec::new(),
-        links: Vec::new(),
+        asm: Asm::within(room.code, origin),
+        stubs: emptied(room.stubs),
+        links: emptied(room.links),
         start,
         entry: Entry { from_memory: origin, from_host: origin, live },
         in_host: true,
@@ -244,7 +261,7 @@ pub(super) fn translate(
         x87_based: false,
         window: None,
         reachable: true,
-        open: Vec::new(),
+        open: emptied(room.open),
         later: Vec::new(),
         request,
     };
@@ -273,7 +290,7 @@ pub(super) fn translate(
             t.later.last_mut()?.first = i;
             i += run.len;
         } else {
-            t.instruction(&insns[i], ops[i])?;
+            t.instruction(&insns[i], ops.get(i).copied().flatten())?;
             i += 1;
         }
     }
@@ -286,8 +303,15 @@ pub(super) fn translate(
         t.go_on_at_rip();
     }
     t.finish_runs(insns)?;
-    let aside = t.finish_stubs(aside);
-    Some(Made { code: t.asm.code, aside, entry: t.entry, links: t.links })
+    let aside = t.finish_stubs(room.aside, aside);
+    let Translator { asm, stubs, links, open, entry, .. } = t;
+    *made = Made { code: asm.code, aside, links, stubs, open };
+    Some(entry)
+}
+
+fn emptied<T>(mut room: Vec<T>) -> Vec<T> {
+    room.clear();
+    room
 }
 
 impl Translator<'_> {
