@@ -289,11 +289,23 @@ fn exceeds(bits: u32, bytes: &[u8]) -> bool {
 }
 
 pub(crate) fn copy_code(page: &crate::mmu::Code, offset: usize, into: &mut [u8]) {
+    /// What one instruction moves.
+    const STEP: usize = 16;
+    let last = into.len().checked_sub(STEP);
     // SAFETY: the page is mapped for 4096 bytes and callers stay within; other processors may write meanwhile, so the
-    // bytes are moved by an instruction that the compiler cannot look into.
+    // bytes are moved by instructions that the compiler cannot look into.
     unsafe {
-        std::arch::asm!("rep movsb", inout("rcx") into.len() => _, inout("rsi") page.host.as_ptr().add(offset) => _,
-            inout("rdi") into.as_mut_ptr() => _, options(nostack, preserves_flags));
+        let (from, to) = (page.host.as_ptr().add(offset), into.as_mut_ptr());
+        let Some(last) = last else {
+            std::arch::asm!("rep movsb", inout("rcx") into.len() => _, inout("rsi") from => _, inout("rdi") to => _,
+                options(nostack, preserves_flags));
+            return;
+        };
+        // The last step may move some bytes again.
+        for at in (0..last).step_by(STEP).chain([last]) {
+            std::arch::asm!("movups {x}, [{from}]", "movups [{to}], {x}", x = out(xmm_reg) _, from = in(reg) from.add(at),
+                to = in(reg) to.add(at), options(nostack, preserves_flags));
+        }
     }
 }
 

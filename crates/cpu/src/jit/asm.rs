@@ -367,18 +367,23 @@ impl Asm {
 
     /// Keeps a jump of `len` bytes off the ends of lines, with the comparison in front of it if it is conditional: processors
     /// with the erratum SKX102 decode such lines anew each time.
+    #[inline(always)]
     fn keep_off_line_ends(&mut self, len: usize, conditional: bool) {
+        if !self.aligns {
+            return;
+        }
         let here = self.code.len();
         let at = if conditional && self.last.1 == here { self.last.0 } else { here };
         let start = (self.origin as usize + at) % LINE;
         let all = here - at + len;
-        if self.aligns && start + all >= LINE && all < LINE {
+        if start + all >= LINE && all < LINE {
             self.fill(at, LINE - start);
         }
     }
 
     /// Puts `count` bytes of instructions that do nothing, at most a line of them, in front of the last instruction, which
     /// begins at `at`.
+    #[inline(never)]
     fn fill(&mut self, at: usize, count: usize) {
         let here = self.code.len();
         self.code.extend_from_slice(&[0; LINE]);

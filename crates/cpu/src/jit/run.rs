@@ -180,15 +180,15 @@ impl Cpu {
         }
         let at = (linear % PAGE) as u16;
         let prefix = id & !((PAGE << Key::BITS) - 1) | u64::from(key.0);
-        let shared = self.shared.clone();
-        let translate::Room { page: bytes, insns, made } = room;
+        let translate::Room { page: bytes, again, insns, made } = room;
         loop {
             let first = self.code_page(linear)?;
             let known = |at: u16| jit.blocks.get(&(prefix | u64::from(at) << Key::BITS)).copied();
-            let (most, on, cpuid) = (jit.most, jit.extends, &shared.cpuid);
+            let (most, on) = (jit.most, jit.extends);
             let (begin, mut end) = (at as usize, (at as usize + ENOUGH_BYTES).min(PAGE as usize));
             loop {
                 crate::decode::copy_code(&first, begin, &mut bytes[begin..end]);
+                let cpuid = &self.shared.cpuid;
                 let source = Source { page: bytes, len: end, key, most, on, known: &known, cpuid };
                 translate::decode(&source, at, &mut jit.table, insns);
                 let decoded = insns.last().map_or(begin, |last| last.end() as usize);
@@ -207,7 +207,7 @@ impl Cpu {
                     return Ok(Some(code));
                 }
                 crate::decode::copy_code(&page, 0, &mut bytes[PAGE as usize..]);
-                let len = bytes.len();
+                let (len, cpuid) = (bytes.len(), &self.shared.cpuid);
                 let source = Source { page: bytes, len, key, most: 1, on, known: &known, cpuid };
                 translate::decode(&source, at, &mut jit.table, insns);
                 second = Some(page);
@@ -221,7 +221,6 @@ impl Cpu {
             let pieces = [(first, at as usize, on_first), (second.unwrap_or(first), 0, len - on_first)];
             let Some(versions) = self.watch_code(pieces) else { continue };
             // From here on a write raises the version; what was read before may be stale already.
-            let mut again = [0u8; translate::MAX_INSTRUCTIONS * 15];
             crate::decode::copy_code(&first, at as usize, &mut again[..on_first]);
             if let Some(second) = &second {
                 crate::decode::copy_code(second, 0, &mut again[on_first..len]);
@@ -244,7 +243,7 @@ impl Cpu {
                 glue: jit.glue,
                 first_link: jit.links.len(),
                 known: &known,
-                cpuid: &shared.cpuid,
+                cpuid: &self.shared.cpuid,
                 chain: jit.chain,
                 foresees: jit.chain || jit.repeatable,
                 read: &read,

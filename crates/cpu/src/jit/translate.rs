@@ -32,13 +32,16 @@ pub(super) type Page = [u8; PAGE as usize + 16];
 /// What a translation is made in, kept for the next.
 pub(super) struct Room {
     pub(super) page: Page,
+    /// What is read once more.
+    pub(super) again: [u8; MAX_INSTRUCTIONS * 15],
     pub(super) insns: Vec<Decoded>,
     pub(super) made: Made,
 }
 
 impl Default for Room {
     fn default() -> Self {
-        Self { page: [0; PAGE as usize + 16], insns: Vec::new(), made: Made::default() }
+        let (page, again) = ([0; PAGE as usize + 16], [0; MAX_INSTRUCTIONS * 15]);
+        Self { page, again, insns: Vec::new(), made: Made::default() }
     }
 }
 
