@@ -112,10 +112,13 @@ impl Books {
 
     /// Watches bytes of a page: whether nothing on it was watched, and the version that a later write to these bytes raises.
     pub(crate) fn start_watching(&self, page: usize, offset: u64, len: u64) -> (bool, u32) {
-        let _whole = self.changes.lock().unwrap_or_else(PoisonError::into_inner);
         let mask = mask(offset, len);
+        if mask == 0 {
+            return (false, self.version[page].load(Ordering::SeqCst));
+        }
+        let _whole = self.changes.lock().unwrap_or_else(PoisonError::into_inner);
         let before = self.watch[page].fetch_or(mask, Ordering::SeqCst);
-        (mask != 0 && before == 0, self.version[page].load(Ordering::SeqCst))
+        (before == 0, self.version[page].load(Ordering::SeqCst))
     }
 
     /// Who sees the epoch that this makes also sees the version and the entry that came before it. Who finds the mask cleared

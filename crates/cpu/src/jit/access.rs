@@ -4,14 +4,14 @@
 //! access that is likely to lie in the same page ([`Window`]) looks there first. Nothing rests on that guess being right, as the
 //! address itself is compared; R9 is no page's address where R8 may be anything.
 
-use iced_x86::{Instruction, Mnemonic, Register};
+use iced_x86::{Instruction, Register};
 
 use super::asm::{ABOVE, Asm, Forward, Mem, NOT_EQUAL, R8, R9, R10, R11, RBP};
 use super::glue::{BASE, STACK_DELTA, STACK_PAGE, home, segment_base, tlb_entry};
 use super::help::Wanted;
 use super::operands::{has_high_byte, has_small_address, host, is_homed, number, operand_number};
 use super::stubs::{Find, Stub};
-use super::table::Class;
+use super::table::{Class, Info};
 use super::translate::{Decoded, Translator};
 use crate::cpu::seg;
 use crate::mmu::TlbLayout;
@@ -224,9 +224,10 @@ fn expect(d: &Decoded, rest: &[Decoded]) -> Expected {
     let writes = |d: &Decoded| d.memory.is_some_and(|operand| d.info.written >> operand & 1 != 0);
     let mut expected = Expected { write: writes(d), reused: false };
     let its = names(&d.insn);
+    let registers = registers(its);
     // Behind a branch it is not certain that anything is written.
     let mut certain = true;
-    if replaces(&d.insn, d.info.written, its) {
+    if d.replaced & registers != 0 {
         return expected;
     }
     for next in rest.iter().take(FORESIGHT) {
@@ -243,19 +244,26 @@ fn expect(d: &Decoded, rest: &[Decoded]) -> Expected {
             expected.reused = true;
             expected.write |= certain && writes(next);
         }
-        if replaces(&next.insn, next.info.written, its) {
+        if next.replaced & registers != 0 {
             break;
         }
     }
     expected
 }
 
-/// Whether an instruction puts something quite else into a register that an address is made of.
-fn replaces(insn: &Instruction, written: u8, names: [Register; 3]) -> bool {
-    use Mnemonic as M;
-    let steps = matches!(insn.mnemonic(), M::Add | M::Sub | M::Inc | M::Dec | M::Lea);
-    let of = |n: u8| names[..2].iter().any(|&name| number(name) == Some(n));
-    !steps && (0..4).any(|i| written >> i & 1 != 0 && operand_number(insn, i).is_some_and(of))
+/// The registers that an address is made of, by bit.
+fn registers(names: [Register; 3]) -> u16 {
+    let bit = |name: Register| number(name).map_or(0, |n| 1 << n);
+    bit(names[0]) | bit(names[1])
+}
+
+/// The registers into which an instruction puts something quite else, by bit.
+pub(super) fn replaced(insn: &Instruction, info: &Info) -> u16 {
+    if info.steps || info.written == 0 {
+        return 0;
+    }
+    let bit = |i: u32| operand_number(insn, i).filter(|_| info.written >> i & 1 != 0).map_or(0, |n| 1 << n);
+    bit(0) | bit(1) | bit(2) | bit(3)
 }
 
 impl Translator<'_> {
@@ -417,8 +425,8 @@ impl Translator<'_> {
     }
 
     /// An instruction was translated: whether the window still is a good guess.
-    pub(super) fn notice_written(&mut self, insn: &Instruction, written: u8) {
-        if self.window.is_some_and(|w| replaces(insn, written, w.names)) {
+    pub(super) fn notice_written(&mut self, d: &Decoded) {
+        if self.window.is_some_and(|w| d.replaced & registers(w.names) != 0) {
             self.window = None;
         }
     }

@@ -49,25 +49,25 @@ pub(super) enum Mem {
 
 /// Up to eight bytes of an instruction.
 #[derive(Clone, Copy)]
-struct Piece {
+pub(super) struct Piece {
     bytes: u64,
     len: usize,
 }
 
 impl Piece {
     #[inline(always)]
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         Self { bytes: 0, len: 0 }
     }
 
     #[inline(always)]
-    fn byte_if(&mut self, there: bool, byte: u8) {
+    pub(super) fn byte_if(&mut self, there: bool, byte: u8) {
         self.bytes |= if there { u64::from(byte) << (8 * self.len) } else { 0 };
         self.len += usize::from(there);
     }
 
     #[inline(always)]
-    fn bytes(&mut self, bytes: &[u8]) {
+    pub(super) fn bytes(&mut self, bytes: &[u8]) {
         for &byte in bytes {
             self.byte_if(true, byte);
         }
@@ -127,7 +127,7 @@ impl Asm {
 
     /// One store for all of it: bytes behind its end do no harm.
     #[inline(always)]
-    fn piece(&mut self, piece: Piece) {
+    pub(super) fn piece(&mut self, piece: Piece) {
         let end = self.code.len() + piece.len;
         self.code.extend_from_slice(&piece.bytes.to_le_bytes());
         self.code.truncate(end);

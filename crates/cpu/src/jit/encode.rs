@@ -1,7 +1,7 @@
 //! Re-encoding: the guest's instruction with other registers in its fields, and its memory operand at an address that a
 //! register holds.
 
-use super::asm::{Asm, Mem, R8, R9, RSI};
+use super::asm::{Asm, Mem, Piece, R8, R9, RSI};
 use super::table::{Field, Info};
 
 /// An instruction's bytes, taken apart.
@@ -104,7 +104,7 @@ impl Parts<'_> {
         self.modrm.is_some_and(|m| m >> 6 != 3)
     }
 
-    /// Writes the instruction with `register(operand)` in the field of each operand for which it names one, and `mem` for its
+    /// Writes the instruction with `register(operand)` in the field of each operand that has one and for which it names one, and `mem` for its
     /// memory operand, which is `[r8]` if `high`: then
     /// a high byte register is among the operands, so there must be no REX prefix. A field of the processor stands for the
     /// register in ModRM's second field. `exchanged` is the opcode of an instruction that was [exchanged](Self::exchange).
@@ -128,6 +128,9 @@ impl Parts<'_> {
         let mut last = exchanged.unwrap_or(*self.opcode.last().unwrap_or(&0));
         let mut need_rex = false;
         for (i, field) in info.fields.iter().enumerate() {
+            if *field == Field::None {
+                continue;
+            }
             let Some(n) = register(i) else { continue };
             need_rex |= n > 3;
             let field = match field {
@@ -172,26 +175,30 @@ impl Parts<'_> {
             }
         }
         let start = asm.code.len();
-        if in_home {
-            asm.byte(0x65);
+        let mut head = Piece::new();
+        head.byte_if(in_home, 0x65);
+        if self.prefix_count == 1 {
+            head.byte_if(true, self.prefixes[0]);
+        } else if self.prefix_count > 1 {
+            asm.bytes(&self.prefixes[..self.prefix_count]);
         }
-        asm.bytes(&self.prefixes[..self.prefix_count]);
         if self.vex.is_empty() {
-            if (rex & 0xf != 0 || self.rex != 0 || need_rex) && !high {
-                asm.byte(0x40 | rex & 0xf);
-            }
-            asm.bytes(&self.opcode[..self.opcode.len() - 1]);
+            head.byte_if((rex & 0xf != 0 || self.rex != 0 || need_rex) && !high, 0x40 | rex & 0xf);
+            head.bytes(&self.opcode[..self.opcode.len() - 1]);
         } else {
-            asm.bytes(&vex[..vex_len]);
+            head.bytes(&vex[..vex_len]);
         }
-        asm.byte(last);
+        head.byte_if(true, last);
+        asm.piece(head);
         if memory {
             let (reg, mem) = (modrm >> 3 & 7, if high { Mem::At(RSI, 0) } else { mem });
             if vex_len == 4 { asm.unscaled_operand(reg, mem) } else { asm.operand(reg, mem) }
         } else if self.modrm.is_some() {
             asm.byte(modrm);
         }
-        asm.bytes(self.tail);
+        if !self.tail.is_empty() {
+            asm.bytes(self.tail);
+        }
         asm.one_since(start);
         if memory && high {
             asm.mov(RSI, R9);

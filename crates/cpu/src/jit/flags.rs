@@ -59,6 +59,9 @@ pub(super) fn live_before(insn: &Instruction, info: &Info, live: u16) -> u16 {
 /// The status flags of which nothing remains behind an instruction.
 pub(super) fn surely_changed(insn: &Instruction, info: &Info) -> u16 {
     const OVERFLOW: u16 = 0x800;
+    if info.flags_changed == 0 {
+        return 0;
+    }
     match (always_counts(insn, info), leaves_overflow(insn)) {
         (false, _) => 0,
         (true, true) => info.flags_changed & !OVERFLOW,

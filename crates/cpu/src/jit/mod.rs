@@ -231,10 +231,29 @@ struct OpenLink {
 /// Operations that code points to: they must not move.
 type Ops = Vec<Box<Op>>;
 
+/// Offsets of a page at which blocks may begin: few of those that are asked for are.
+struct Begins(Box<[u64; PAGE as usize / 64]>);
+
+impl Begins {
+    fn none() -> Self {
+        Self(Box::new([0; PAGE as usize / 64]))
+    }
+
+    fn has(&self, at: u16) -> bool {
+        self.0[usize::from(at) / 64 % self.0.len()] >> (at % 64) & 1 != 0
+    }
+
+    fn add(&mut self, at: u16) {
+        let words = self.0.len();
+        self.0[usize::from(at) / 64 % words] |= 1 << (at % 64);
+    }
+}
+
 /// What is translated of one page.
 struct PageCode {
     version: u32,
     blocks: Vec<u64>,
+    begins: Begins,
     /// Number of its record: where it was last found to be mapped ([`Jit::record`]).
     record: Option<usize>,
 }
@@ -418,8 +437,14 @@ impl Jit {
             // It has changed since its other blocks were made.
             self.drop_page(page);
         }
-        let code = self.pages.entry(page).or_insert(PageCode { version, blocks: Vec::new(), record: None });
+        let code = self.pages.entry(page).or_insert_with(|| PageCode {
+            version,
+            blocks: Vec::new(),
+            begins: Begins::none(),
+            record: None,
+        });
         code.blocks.push(id);
+        code.begins.add((id >> Key::BITS) as u16);
     }
 
     /// Code that goes on at an offset of the running page through the jump cache.

@@ -66,7 +66,8 @@ pub(super) fn operand_number(insn: &Instruction, i: u32) -> Option<u8> {
 pub(super) fn has_small_address(insn: &Instruction) -> bool {
     let (base, index) = (insn.memory_base(), insn.memory_index());
     let absolute = base == Register::None && index == Register::None;
-    base.size() == 4 || index.size() == 4 || absolute && insn.memory_displ_size() == 4
+    let small = |register| (Register::EAX..=Register::R15D).contains(&register) || register == Register::EIP;
+    small(base) || small(index) || absolute && insn.memory_displ_size() == 4
 }
 
 pub(super) fn has_high_byte(insn: &Instruction) -> bool {
@@ -83,17 +84,15 @@ pub(super) fn memory_operand(insn: &Instruction) -> Option<u32> {
 
 /// Whether the interpreter's handler is to run an instruction, whatever its code promises.
 pub(super) fn needs_handler(insn: &Instruction, info: &Info, key: Key) -> bool {
-    use iced_x86::Mnemonic as M;
-    let memory = memory_operand(insn);
-    let size = insn.memory_size().size();
+    let memory = memory_operand(insn).is_some();
     // An address that is not the sum of 64-bit registers and a displacement.
-    let odd = memory.is_some()
-        && (insn.memory_base() == Register::EIP
-            || insn.memory_base() == Register::RIP
-                && i32::try_from(insn.ip_rel_memory_address() as i64).is_err()
-            || i32::try_from(insn.memory_displacement64() as i64).is_err()
-                && insn.memory_base() != Register::RIP
-                && !has_small_address(insn));
+    let far = |address: u64| i32::try_from(address as i64).is_err();
+    let odd = memory
+        && match insn.memory_base() {
+            Register::EIP => true,
+            Register::RIP => far(insn.ip_rel_memory_address()),
+            _ => far(insn.memory_displacement64()) && !has_small_address(insn),
+        };
     match info.class {
         Class::Plain => {
             let unavailable = info.vector && !key.sse()
@@ -101,26 +100,21 @@ pub(super) fn needs_handler(insn: &Instruction, info: &Info, key: Key) -> bool {
                 || info.avx512 && !key.avx512()
                 || (info.arithmetic || info.x87.is_some()) && !key.masked()
                 || info.x87.is_some() && !key.sse();
-            let bit_string = matches!(insn.mnemonic(), M::Bt | M::Bts | M::Btr | M::Btc)
-                && memory.is_some()
-                && insn.op_kind(1) == OpKind::Register;
-            let kinds = [insn.op0_kind(), insn.op1_kind(), insn.op2_kind(), insn.op3_kind()];
-            let implicit = kinds.iter().any(|&k| k > OpKind::Immediate32to64 && k != OpKind::Memory);
             // High bytes allow no REX prefix, which the stand-in for RSP needs.
-            let clash =
-                has_high_byte(insn) && (0..4).any(|i| operand_number(insn, i) == Some(RSP));
+            let clash = info.narrow
+                && has_high_byte(insn)
+                && (0..4).any(|i| operand_number(insn, i) == Some(RSP));
             // F3 makes one form of XCHG another instruction.
-            let repeated = insn.mnemonic() == M::Xchg && insn.has_rep_prefix();
+            let repeated = insn.has_rep_prefix() && insn.mnemonic() == iced_x86::Mnemonic::Xchg;
             // With other registers in the operand it might have more than 15 bytes.
-            let long = insn.len() > if memory.is_some() { 12 } else { 14 };
-            let strange = bit_string || implicit || odd || clash || repeated || long;
-            unavailable || strange || memory.is_some() && (size == 0 || size > 64)
+            let long = insn.len() > if memory { 12 } else { 14 };
+            unavailable || info.strange || odd || clash || repeated || long
         }
-        Class::Lea => odd || insn.op0_register().size() == 2,
+        Class::Lea => odd || info.strange,
         Class::Push | Class::JumpIndirect | Class::CallIndirect => {
-            odd || memory.is_some() && size != key.word()
+            odd || memory && insn.memory_size().size() != key.word()
         }
-        Class::Pop => memory.is_some(),
+        Class::Pop => memory,
         Class::Divide => odd,
         Class::LoadControl => odd || !key.sse() || !key.masked(),
         Class::Repeated => !strings::is_repeated(insn),
@@ -216,10 +210,8 @@ impl Translator<'_> {
 
     pub(super) fn plain(&mut self, d: &Decoded) -> Option<()> {
         let (insn, info) = (&d.insn, &d.info);
-        let memory = memory_operand(insn);
-        let size = insn.memory_size().size();
+        let memory = d.memory;
         let bytes = d.text.as_deref().unwrap_or(&self.request.page[d.at as usize..d.end() as usize]);
-        let parts = encode::split(bytes, info)?;
         self.want_vectors(d.live_in, info);
         if info.x87.is_some() {
             self.want_x87(d.live_in);
@@ -227,6 +219,7 @@ impl Translator<'_> {
         let mut place = Place::None;
         if let Some(operand) = memory {
             let write = info.written >> operand & 1 != 0;
+            let size = insn.memory_size().size();
             let aligned = info.aligned || insn.mnemonic() == iced_x86::Mnemonic::Cmpxchg16b;
             self.lose_flags(d.live_in, R10);
             place = self.place(insn, d.expected)?;
@@ -237,27 +230,28 @@ impl Translator<'_> {
             self.check(place, wanted, d.expected.write);
         }
         // The flags that it reads, and those that it leaves alone.
-        let changed = surely_changed(insn, info);
-        if info.flags_read != 0 || d.live_out & !changed != 0 && info.flags_changed != 0 {
+        let keeps = || info.flags_changed != 0 && d.live_out & !surely_changed(insn, info) != 0;
+        if info.flags_read != 0 || keeps() {
             let scratch = place.scratch().last().copied().unwrap_or(R9);
             if self.want_flags(scratch) && scratch != R10 {
                 self.window = None;
             }
         }
-        let high = has_high_byte(insn);
+        let high = info.narrow && has_high_byte(insn);
         let moved = (0..4).any(|i| operand_number(insn, i).is_some_and(|n| is_homed(n) || host(n) != n));
         if memory.is_none() && !moved {
             let start = self.asm.code.len();
             self.asm.bytes(bytes);
             self.asm.one_since(start);
         } else {
+            let parts = encode::split(bytes, info)?;
             self.rewritten(d, parts, memory.is_some(), high, place)?;
         }
         if info.flags_changed != 0 {
             (self.in_host, self.in_memory) = (true, false);
         }
         self.note_x87(d);
-        self.notice_written(insn, info.written);
+        self.notice_written(d);
         Some(())
     }
 
@@ -274,7 +268,13 @@ impl Translator<'_> {
         let (insn, info) = (&d.insn, &d.info);
         let mut exchanged = None;
         let mut mem = place.mem();
-        let homed = |i: usize| operand_number(insn, i as u32).filter(|&n| is_homed(n));
+        let numbers: [Option<u8>; 4] = std::array::from_fn(|i| operand_number(insn, i as u32));
+        let homed = |i: usize| numbers[i].filter(|&n| is_homed(n));
+        if (0..4).all(|i| homed(i).is_none()) {
+            let other = |i: usize| numbers[i].filter(|&n| host(n) != n).map(host);
+            parts.emit(&mut self.asm, info, high, mem, None, other);
+            return Some(());
+        }
         let mut at_home = None;
         if !memory {
             let first = info.fields.iter().position(|&f| f == Field::Rm);
@@ -324,11 +324,10 @@ impl Translator<'_> {
         }
         let placed_at = |n: u8| placed.iter().flatten().find(|p| p.0 == n).map(|p| p.1);
         parts.emit(&mut self.asm, info, high, mem, exchanged, |i| {
-            let field = info.fields[i];
-            if field == Field::None || at_home == Some(i) {
+            if at_home == Some(i) {
                 return None;
             }
-            match operand_number(insn, i as u32)? {
+            match numbers[i]? {
                 n if is_homed(n) => placed_at(n),
                 n => Some(host(n)).filter(|&host| host != n),
             }
@@ -375,7 +374,6 @@ impl Translator<'_> {
         if is_homed(n) {
             self.asm.store(home(n), to);
         }
-        self.notice_written(insn, 1);
         Some(())
     }
 }

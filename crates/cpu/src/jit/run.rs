@@ -48,7 +48,11 @@ impl Cpu {
 
     /// A number that differs whenever a linear address may lead to other code.
     pub(crate) fn code_stamp(&self) -> u64 {
-        self.tlb.stamp() << Key::BITS | u64::from(self.code_key().0)
+        self.stamp_of(self.code_key())
+    }
+
+    fn stamp_of(&self, key: Key) -> u64 {
+        self.tlb.stamp() << Key::BITS | u64::from(key.0)
     }
 
     /// After decoded code was overwritten: forgets what was made of it.
@@ -112,13 +116,13 @@ impl Cpu {
 
     fn find_code_in(&mut self, jit: &mut Jit, linear: u64) -> Exec<Found> {
         let link = std::mem::replace(&mut self.hot.link, NO_LINK);
-        let stamp = self.code_stamp();
+        let key = self.code_key();
+        let stamp = self.stamp_of(key);
         let jump = jit.jumps[Jit::slot(linear)];
         if link == NO_LINK && jump.linear == linear && jump.stamp == stamp {
             return Ok(Found::Code(jump.code));
         }
         let page = self.code_page(linear)?;
-        let key = self.code_key();
         let id = (page.gpa | linear % PAGE) << Key::BITS | u64::from(key.0);
         let code = match jit.blocks.get(&id) {
             Some(entry) if !jit.straddling.contains_key(&id) => entry.from_memory,
@@ -130,7 +134,7 @@ impl Cpu {
         };
         if jit.chain {
             // Translating may have made others flush us.
-            let now = self.code_stamp();
+            let now = self.stamp_of(key);
             jit.jumps[Jit::slot(linear)] = Jump { linear, stamp: now, code, unused: 0 };
             jit.record(page.index, linear, now);
         }
@@ -183,7 +187,11 @@ impl Cpu {
         let translate::Room { page: bytes, again, insns, made } = room;
         loop {
             let first = self.code_page(linear)?;
-            let known = |at: u16| jit.blocks.get(&(prefix | u64::from(at) << Key::BITS)).copied();
+            let (begins, blocks) = (jit.pages.get(&first.index).map(|page| &page.begins), &jit.blocks);
+            let known = |at: u16| {
+                begins.filter(|begins| begins.has(at))?;
+                blocks.get(&(prefix | u64::from(at) << Key::BITS)).copied()
+            };
             let (most, on) = (jit.most, jit.extends);
             let (begin, mut end) = (at as usize, (at as usize + ENOUGH_BYTES).min(PAGE as usize));
             loop {
@@ -229,7 +237,6 @@ impl Cpu {
                 continue;
             }
             let ops = self.operations(&mut jit.ops, bytes, insns);
-            let known = |at: u16| jit.blocks.get(&(prefix | u64::from(at) << Key::BITS)).copied();
             let stale = Cell::new(false);
             // What is read is watched from before.
             let read = |at: usize, into: &mut [u8]| {

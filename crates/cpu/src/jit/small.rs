@@ -62,6 +62,7 @@ fn is_plain_data(segment: &Segment) -> bool {
 
 /// What is known of an instruction, whose bytes `bytes` are. In 32-bit code it may become another one that does the same, as
 /// long as it was: then its bytes come along.
+#[inline(always)]
 pub(super) fn look_up(
     insn: &mut Instruction,
     bytes: &[u8],
@@ -69,10 +70,27 @@ pub(super) fn look_up(
     table: &mut Table,
     cpuid: &CpuidTable,
 ) -> (Info, Text) {
-    let text = if key.small() { substitute(insn, bytes) } else { None };
+    if key.small() {
+        return look_up_small(insn, bytes, key, table, cpuid);
+    }
+    let mut info = *table.get(insn, cpuid);
+    if operands::needs_handler(insn, &info, key) {
+        info.class = Class::Handler;
+    }
+    (info, None)
+}
+
+fn look_up_small(
+    insn: &mut Instruction,
+    bytes: &[u8],
+    key: Key,
+    table: &mut Table,
+    cpuid: &CpuidTable,
+) -> (Info, Text) {
+    let text = substitute(insn, bytes);
     let mut info = *table.get(insn, cpuid);
     if operands::needs_handler(insn, &info, key)
-        || key.small() && needs_handler(insn, &info, text.as_deref().unwrap_or(bytes), key)
+        || needs_handler(insn, &info, text.as_deref().unwrap_or(bytes), key)
     {
         info.class = Class::Handler;
     }

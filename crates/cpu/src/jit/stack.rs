@@ -21,8 +21,13 @@ pub(super) struct Run {
 
 impl Run {
     /// A run that begins here, if there is one worth it.
+    #[inline(always)]
     pub(super) fn at(insns: &[Decoded]) -> Option<Self> {
-        let pushes = insns.first()?.info.class == Class::Push;
+        let class = insns.first()?.info.class;
+        if matches!(class, Class::Push | Class::Pop) { Self::of(insns, class == Class::Push) } else { None }
+    }
+
+    fn of(insns: &[Decoded], pushes: bool) -> Option<Self> {
         let (mut len, mut words) = (0, 0);
         for (i, d) in insns.iter().enumerate() {
             match d.info.class {

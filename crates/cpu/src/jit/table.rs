@@ -78,6 +78,12 @@ pub(super) struct Info {
     pub(super) aligned: bool,
     /// Works on x87 registers.
     pub(super) x87: Option<X87>,
+    /// A high byte may be among its operands.
+    pub(super) narrow: bool,
+    /// It is not made of its operands alone, or of operands that no code is made for.
+    pub(super) strange: bool,
+    /// What it writes is not far from what was there.
+    pub(super) steps: bool,
     /// Status flags, as RFLAGS bits.
     pub(super) flags_read: u16,
     pub(super) flags_changed: u16,
@@ -97,6 +103,7 @@ impl Table {
         Self { known: vec![None; 2 * Code::values().len()], factory: InstructionInfoFactory::new() }
     }
 
+    #[inline(always)]
     pub(super) fn get(&mut self, insn: &Instruction, cpuid: &CpuidTable) -> &Info {
         let Self { known, factory } = self;
         // With an operand in memory it may be quite another thing.
@@ -106,6 +113,7 @@ impl Table {
     }
 }
 
+#[cold]
 fn look(insn: &Instruction, cpuid: &CpuidTable, factory: &mut InstructionInfoFactory) -> Info {
     let encoding = insn.code().encoding();
     let kinds = insn.op_code();
@@ -129,6 +137,15 @@ fn look(insn: &Instruction, cpuid: &CpuidTable, factory: &mut InstructionInfoFac
         arithmetic: false,
         aligned: false,
         x87: None,
+        narrow: kinds.op_kinds().iter().any(|&k| {
+            use OpCodeOperandKind as K;
+            matches!(k, K::r8_or_mem | K::r8_reg | K::r8_opcode)
+        }),
+        strange: is_strange(insn),
+        steps: matches!(
+            insn.mnemonic(),
+            Mnemonic::Add | Mnemonic::Sub | Mnemonic::Inc | Mnemonic::Dec | Mnemonic::Lea
+        ),
         flags_read: flags(insn.rflags_read()),
         flags_changed: flags(insn.rflags_modified()),
     };
@@ -171,6 +188,19 @@ fn look(insn: &Instruction, cpuid: &CpuidTable, factory: &mut InstructionInfoFac
         }
     }
     info
+}
+
+/// Whether an instruction as it stands for its code must be left to its handler.
+fn is_strange(insn: &Instruction) -> bool {
+    use Mnemonic as M;
+    let memory = memory_operand(insn).is_some();
+    let bit_string = matches!(insn.mnemonic(), M::Bt | M::Bts | M::Btr | M::Btc)
+        && memory
+        && insn.op_kind(1) == OpKind::Register;
+    let implicit = insn.op_kinds().any(|k| k > OpKind::Immediate32to64 && k != OpKind::Memory);
+    let size = insn.memory_size().size();
+    let short = insn.mnemonic() == M::Lea && insn.op0_register().size() == 2;
+    bit_string || implicit || short || insn.mnemonic() != M::Lea && memory && (size == 0 || size > 64)
 }
 
 fn flags(bits: u32) -> u16 {

@@ -7,7 +7,7 @@
 use iced_x86::{Decoder, DecoderOptions, Instruction, OpKind};
 use skep_hv::cpuid::CpuidTable;
 
-use super::access::{Expected, Window, foresee_accesses};
+use super::access::{Expected, Window, foresee_accesses, replaced};
 use super::asm::{Asm, BELOW, Mem, NOT_EQUAL, R8, R9, R10, RAX, RDX};
 use super::flags::{liveness, loses_flags_first, poll_position};
 use super::flow::condition;
@@ -59,6 +59,8 @@ pub(super) struct Decoded {
     pub(super) code_at: usize,
     /// Its operand in memory.
     pub(super) memory: Option<u32>,
+    /// The guest's registers into which it puts something quite else, by bit.
+    pub(super) replaced: u16,
     /// What is foreseen of the page that it lies in.
     pub(super) expected: Expected,
 }
@@ -138,6 +140,7 @@ pub(super) fn decode(source: &Source<'_>, at: u16, table: &mut Table, all: &mut 
             live_out,
             code_at,
             memory,
+            replaced: replaced(&insn, &info),
             expected: Expected::default(),
         });
         let Some(last) = all.last() else { break };
@@ -333,9 +336,13 @@ impl Translator<'_> {
 
     pub(super) fn instruction(&mut self, d: &Decoded, op: Option<*const Op>) -> Option<()> {
         let keeps = matches!(d.info.class, Class::Nothing | Class::Plain | Class::Lea | Class::Branch);
-        self.window = self.window.filter(|_| keeps);
+        if !keeps {
+            self.window = None;
+        }
         let done = self.by_class(d, op);
-        self.window = self.window.filter(|_| keeps);
+        if !keeps {
+            self.window = None;
+        }
         done
     }
 
