@@ -133,6 +133,17 @@ impl Asm {
         self.code.truncate(end);
     }
 
+    /// The same for two, of which the first has from one to seven bytes.
+    #[inline(always)]
+    fn pieces(&mut self, first: Piece, second: Piece) {
+        let bits = 8 * first.len;
+        let low = first.bytes | second.bytes << bits;
+        let all = u128::from(second.bytes >> (64 - bits)) << 64 | u128::from(low);
+        let end = self.code.len() + first.len + second.len;
+        self.code.extend_from_slice(&all.to_le_bytes());
+        self.code.truncate(end);
+    }
+
     /// An instruction on a register and memory: prefixes, REX, opcode, ModRM, SIB, displacement.
     #[inline(always)]
     pub(super) fn mem(&mut self, prefix: &[u8], wide: bool, opcode: &[u8], reg: u8, mem: Mem) {
@@ -149,24 +160,23 @@ impl Asm {
         let rex = u8::from(wide) << 3 | reg >> 3 << 2 | high(index.map(|i| i.0)) << 1 | high(base);
         head.byte_if(rex != 0, 0x40 | rex);
         head.bytes(opcode);
-        self.piece(head);
-        self.operand(reg, mem);
+        self.pieces(head, Self::operand_at(reg, mem, true));
         self.one_since(start);
     }
 
     /// ModRM, SIB and displacement.
     #[inline(always)]
     pub(super) fn operand(&mut self, reg: u8, mem: Mem) {
-        self.operand_at(reg, mem, true);
+        self.piece(Self::operand_at(reg, mem, true));
     }
 
     /// The same for EVEX-encoded instructions, which take a displacement of one byte for a multiple.
     pub(super) fn unscaled_operand(&mut self, reg: u8, mem: Mem) {
-        self.operand_at(reg, mem, false);
+        self.piece(Self::operand_at(reg, mem, false));
     }
 
     #[inline(always)]
-    fn operand_at(&mut self, reg: u8, mem: Mem, short: bool) {
+    fn operand_at(reg: u8, mem: Mem, short: bool) -> Piece {
         let reg = (reg & 7) << 3;
         let (base, index, disp) = match mem {
             Mem::Cpu(disp) => (None, None, disp),
@@ -187,7 +197,7 @@ impl Asm {
         piece.byte_if(has_sib, scale << 6 | (index & 7) << 3 | base);
         piece.bytes |= u64::from(disp as u32) << (8 * piece.len);
         piece.len += disp_len;
-        self.piece(piece);
+        piece
     }
 
     /// A 64-bit instruction on a register and memory near by.

@@ -113,7 +113,8 @@ pub(super) fn foresee(request: &Request<'_>, table: &mut Table, at: i64) -> u16 
             break;
         }
         let start = decoder.position();
-        let mut insn = decoder.decode();
+        let mut insn = Instruction::default();
+        decoder.decode_out(&mut insn);
         if insn.is_invalid() {
             break;
         }

@@ -78,8 +78,14 @@ pub(super) fn has_high_byte(insn: &Instruction) -> bool {
 /// Which operand is in memory: never the fifth.
 #[inline(always)]
 pub(super) fn memory_operand(insn: &Instruction) -> Option<u32> {
-    let kinds = [insn.op0_kind(), insn.op1_kind(), insn.op2_kind(), insn.op3_kind()];
-    kinds.iter().position(|&kind| kind == OpKind::Memory).map(|i| i as u32)
+    // One by one, as the decoder wrote them just now: processors wait for bytes that are read together.
+    match OpKind::Memory {
+        kind if kind == insn.op0_kind() => Some(0),
+        kind if kind == insn.op1_kind() => Some(1),
+        kind if kind == insn.op2_kind() => Some(2),
+        kind if kind == insn.op3_kind() => Some(3),
+        _ => None,
+    }
 }
 
 /// Whether the interpreter's handler is to run an instruction, whatever its code promises.

@@ -89,6 +89,31 @@ pub(super) struct Info {
     pub(super) flags_changed: u16,
 }
 
+impl Info {
+    /// Of something that only its handler knows.
+    pub(super) const HANDLER: Self = Self {
+        class: Class::Handler,
+        fields: [Field::None; 4],
+        rm_or_mem: false,
+        written: 0,
+        vex: false,
+        modrm: false,
+        counted: false,
+        vector: false,
+        avx: false,
+        avx512: false,
+        wide: false,
+        arithmetic: false,
+        aligned: false,
+        x87: None,
+        narrow: false,
+        strange: false,
+        steps: false,
+        flags_read: 0,
+        flags_changed: 0,
+    };
+}
+
 /// The status flags in RFLAGS.
 pub(super) const STATUS_FLAGS: u16 = 0x8d5;
 
@@ -118,7 +143,6 @@ fn look(insn: &Instruction, cpuid: &CpuidTable, factory: &mut InstructionInfoFac
     let encoding = insn.code().encoding();
     let kinds = insn.op_code();
     let mut info = Info {
-        class: Class::Handler,
         fields: std::array::from_fn(|i| kinds.op_kinds().get(i).map_or(Field::None, |&k| field(k))),
         // What rounds in an EVEX prefix broadcasts with an operand in memory.
         rm_or_mem: encoding != EncodingKind::EVEX
@@ -126,17 +150,8 @@ fn look(insn: &Instruction, cpuid: &CpuidTable, factory: &mut InstructionInfoFac
                 use OpCodeOperandKind as K;
                 matches!(k, K::r8_or_mem | K::r16_or_mem | K::r32_or_mem | K::r64_or_mem)
             }),
-        written: 0,
         vex: matches!(encoding, EncodingKind::VEX | EncodingKind::EVEX),
         modrm: has_modrm(insn),
-        counted: false,
-        vector: false,
-        avx: false,
-        avx512: false,
-        wide: false,
-        arithmetic: false,
-        aligned: false,
-        x87: None,
         narrow: kinds.op_kinds().iter().any(|&k| {
             use OpCodeOperandKind as K;
             matches!(k, K::r8_or_mem | K::r8_reg | K::r8_opcode)
@@ -148,6 +163,7 @@ fn look(insn: &Instruction, cpuid: &CpuidTable, factory: &mut InstructionInfoFac
         ),
         flags_read: flags(insn.rflags_read()),
         flags_changed: flags(insn.rflags_modified()),
+        ..Info::HANDLER
     };
     if !matches!(encoding, EncodingKind::Legacy | EncodingKind::VEX | EncodingKind::EVEX) {
         return info;

@@ -66,6 +66,21 @@ pub(super) struct Decoded {
 }
 
 impl Decoded {
+    fn blank(at: u16) -> Self {
+        Self {
+            insn: Instruction::default(),
+            at,
+            text: None,
+            info: Info::HANDLER,
+            live_in: 0,
+            live_out: 0,
+            code_at: 0,
+            memory: None,
+            replaced: 0,
+            expected: Expected::default(),
+        }
+    }
+
     pub(super) fn end(&self) -> u16 {
         self.at + self.insn.len() as u16
     }
@@ -121,29 +136,19 @@ pub(super) fn decode(source: &Source<'_>, at: u16, table: &mut Table, all: &mut 
     all.clear();
     while all.len() < most.min(MAX_INSTRUCTIONS) && decoder.can_decode() {
         let at = decoder.ip() as u16;
-        let mut insn = Instruction::default();
-        decoder.decode_out(&mut insn);
-        if insn.is_invalid() {
+        all.push(Decoded::blank(at));
+        let Some(last) = all.last_mut() else { break };
+        // Where it stays: to copy it now, processors would wait for what the decoder has just written in pieces.
+        decoder.decode_out(&mut last.insn);
+        if last.insn.is_invalid() {
             // Too few bytes are left, or it raises #UD: the interpreter knows.
+            all.pop();
             break;
         }
-        let its = &page[at as usize..at as usize + insn.len()];
-        let (info, text) = small::look_up(&mut insn, its, key, table, cpuid);
-        let memory = memory_operand(&insn);
-        let (live_in, live_out, code_at) = (0, 0, 0);
-        all.push(Decoded {
-            insn,
-            at,
-            text,
-            info,
-            live_in,
-            live_out,
-            code_at,
-            memory,
-            replaced: replaced(&insn, &info),
-            expected: Expected::default(),
-        });
-        let Some(last) = all.last() else { break };
+        let its = &page[at as usize..at as usize + last.insn.len()];
+        (last.info, last.text) = small::look_up(&mut last.insn, its, key, table, cpuid);
+        last.memory = memory_operand(&last.insn);
+        last.replaced = replaced(&last.insn, &last.info);
         if last.transfers() {
             let end = last.end();
             let further = source.on
