@@ -301,11 +301,17 @@ pub(crate) fn copy_code(page: &crate::mmu::Code, offset: usize, into: &mut [u8])
                 options(nostack, preserves_flags));
             return;
         };
-        // The last step may move some bytes again.
-        for at in (0..last).step_by(STEP).chain([last]) {
+        let step = |at: usize| {
             std::arch::asm!("movups {x}, [{from}]", "movups [{to}], {x}", x = out(xmm_reg) _, from = in(reg) from.add(at),
                 to = in(reg) to.add(at), options(nostack, preserves_flags));
+        };
+        let mut at = 0;
+        while at < last {
+            step(at);
+            at += STEP;
         }
+        // This may move some bytes again.
+        step(last);
     }
 }
 

@@ -90,7 +90,11 @@ pub(super) fn memory_operand(insn: &Instruction) -> Option<u32> {
 
 /// Whether the interpreter's handler is to run an instruction, whatever its code promises.
 pub(super) fn needs_handler(insn: &Instruction, info: &Info, key: Key) -> bool {
-    let memory = memory_operand(insn).is_some();
+    let memory = info.memory;
+    if !memory && info.simple {
+        // With other registers in it, it might have more than 15 bytes.
+        return insn.len() > 14;
+    }
     // An address that is not the sum of 64-bit registers and a displacement.
     let far = |address: u64| i32::try_from(address as i64).is_err();
     let odd = memory

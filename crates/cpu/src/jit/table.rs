@@ -82,6 +82,10 @@ pub(super) struct Info {
     pub(super) narrow: bool,
     /// It is not made of its operands alone, or of operands that no code is made for.
     pub(super) strange: bool,
+    /// It has an operand in memory.
+    pub(super) memory: bool,
+    /// Without one, nothing but its length can be in the way of its translation.
+    pub(super) simple: bool,
     /// What it writes is not far from what was there.
     pub(super) steps: bool,
     /// Status flags, as RFLAGS bits.
@@ -108,6 +112,8 @@ impl Info {
         x87: None,
         narrow: false,
         strange: false,
+        memory: false,
+        simple: false,
         steps: false,
         flags_read: 0,
         flags_changed: 0,
@@ -157,6 +163,7 @@ fn look(insn: &Instruction, cpuid: &CpuidTable, factory: &mut InstructionInfoFac
             matches!(k, K::r8_or_mem | K::r8_reg | K::r8_opcode)
         }),
         strange: is_strange(insn),
+        memory: memory_operand(insn).is_some(),
         steps: matches!(
             insn.mnemonic(),
             Mnemonic::Add | Mnemonic::Sub | Mnemonic::Inc | Mnemonic::Dec | Mnemonic::Lea
@@ -190,6 +197,7 @@ fn look(insn: &Instruction, cpuid: &CpuidTable, factory: &mut InstructionInfoFac
     if info.class != Class::Handler || is_general(insn) {
         if is_general(insn) {
             info.class = Class::Plain;
+            info.simple = !info.strange && !info.narrow && insn.mnemonic() != Mnemonic::Xchg;
         }
         return info;
     }
