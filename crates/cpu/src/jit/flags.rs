@@ -21,7 +21,7 @@ pub(super) fn liveness(insns: &mut [Decoded], request: &Request<'_>, table: &mut
     for d in insns.iter_mut().rev() {
         match d.info.class {
             Class::Jump | Class::Call => live = foresee(request, table, d.target()),
-            Class::Branch => live |= foresee(request, table, d.target()),
+            Class::Branch if live != STATUS_FLAGS => live |= foresee(request, table, d.target()),
             Class::Return | Class::JumpIndirect | Class::CallIndirect => live = STATUS_FLAGS,
             _ => {}
         }

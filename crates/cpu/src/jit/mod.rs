@@ -258,6 +258,13 @@ struct PageCode {
     record: Option<usize>,
 }
 
+impl PageCode {
+    fn add(&mut self, id: u64) {
+        self.blocks.push(id);
+        self.begins.add((id >> Key::BITS & (PAGE - 1)) as u16);
+    }
+}
+
 /// All translated code of one vCPU.
 pub(crate) struct Jit {
     memory: CodeMemory,
@@ -433,18 +440,17 @@ impl Jit {
 
     /// Remembers that a block lies on a page.
     fn keep(&mut self, id: u64, page: usize, version: u32) {
-        if self.pages.get(&page).is_some_and(|code| code.version != version) {
-            // It has changed since its other blocks were made.
-            self.drop_page(page);
+        if let Some(code) = self.pages.get_mut(&page)
+            && code.version == version
+        {
+            code.add(id);
+            return;
         }
-        let code = self.pages.entry(page).or_insert_with(|| PageCode {
-            version,
-            blocks: Vec::new(),
-            begins: Begins::none(),
-            record: None,
-        });
-        code.blocks.push(id);
-        code.begins.add((id >> Key::BITS) as u16);
+        // What was made of it before it changed.
+        self.drop_page(page);
+        let mut code = PageCode { version, blocks: Vec::new(), begins: Begins::none(), record: None };
+        code.add(id);
+        self.pages.insert(page, code);
     }
 
     /// Code that goes on at an offset of the running page through the jump cache.
