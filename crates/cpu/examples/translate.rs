@@ -30,7 +30,8 @@ fn targets(code: &[u8]) -> BTreeSet<u64> {
     let mut starts = BTreeSet::new();
     let mut begins = true;
     for insn in &mut Decoder::new(64, code, DecoderOptions::NONE) {
-        let padding = matches!(insn.code(), Code::Nopw | Code::Nop_rm16 | Code::Nop_rm32 | Code::Nop_rm64 | Code::Int3);
+        let padding =
+            matches!(insn.code(), Code::Nopw | Code::Nop_rm16 | Code::Nop_rm32 | Code::Nop_rm64 | Code::Int3);
         if begins && !padding {
             starts.insert(insn.ip());
             begins = false;

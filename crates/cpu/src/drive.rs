@@ -5,10 +5,10 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use iced_x86::{Decoder, DecoderOptions, Mnemonic};
-use skep_hv::{Translations, VmOptions};
 use skep_hv::cpuid::CpuidTable;
 use skep_hv::state::{CpuState, General, PendingException, StateGroups};
 use skep_hv::step::{Step, StepperFactory};
+use skep_hv::{Translations, VmOptions};
 use skep_memory::{GuestMemory, RegionKind, RegionSpec};
 
 use crate::cpu::{Cpu, cr0, cr4, efer};
@@ -192,7 +192,8 @@ impl Translating {
 /// A state made of bytes. Its first byte says which parts are to be left as they are after reset, so that what is behind the
 /// checks is reached too.
 fn scrambled(data: &[u8], rest: &[u8]) -> CpuState {
-    let mut state = processor(MEMORY).and_then(|mut cpu| cpu.get_state(StateGroups::ALL).ok()).unwrap_or_default();
+    let mut state =
+        processor(MEMORY).and_then(|mut cpu| cpu.get_state(StateGroups::ALL).ok()).unwrap_or_default();
     let mut bytes = data.iter().copied();
     let keep = bytes.next().unwrap_or(0);
     let mut word = || (0..8).fold(0, |v, _| v << 8 | u64::from(bytes.next().unwrap_or(0)));

@@ -104,10 +104,10 @@ impl Parts<'_> {
         self.modrm.is_some_and(|m| m >> 6 != 3)
     }
 
-    /// Writes the instruction with `register(operand)` in the field of each operand that has one and for which it names one, and `mem` for its
-    /// memory operand, which is `[r8]` if `high`: then
-    /// a high byte register is among the operands, so there must be no REX prefix. A field of the processor stands for the
-    /// register in ModRM's second field. `exchanged` is the opcode of an instruction that was [exchanged](Self::exchange).
+    /// Writes the instruction with what `registers` has for an operand in its field, and `mem` for its memory operand, which is
+    /// `[r8]` if `high`: then a high byte register is among the operands, so there must be no REX prefix. A field of the
+    /// processor stands for the register in ModRM's second field. `exchanged` is the opcode of an instruction that was
+    /// [exchanged](Self::exchange).
     pub(super) fn emit(
         &self,
         asm: &mut Asm,
@@ -115,7 +115,7 @@ impl Parts<'_> {
         high: bool,
         mem: Mem,
         exchanged: Option<u8>,
-        register: impl Fn(usize) -> Option<u8>,
+        registers: [Option<u8>; 4],
     ) {
         let (mut rex, mut modrm) = (self.rex, self.modrm.unwrap_or(0));
         // VEX in its long form, or EVEX: R, X and B inverted.
@@ -131,7 +131,7 @@ impl Parts<'_> {
             if *field == Field::None {
                 continue;
             }
-            let Some(n) = register(i) else { continue };
+            let Some(n) = registers[i] else { continue };
             need_rex |= n > 3;
             let field = match field {
                 Field::Reg if exchanged.is_some() => Field::Rm,

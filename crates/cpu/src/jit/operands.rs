@@ -56,6 +56,11 @@ pub(super) fn host(n: u8) -> u8 {
     }
 }
 
+/// The host's register for one of the guest's, if it is another.
+fn moved(n: Option<u8>) -> Option<u8> {
+    n.filter(|&n| host(n) != n).map(host)
+}
+
 /// Number of the general register that an operand is. Where there is no operand, or another, iced names no register.
 #[inline(always)]
 pub(super) fn operand_number(insn: &Instruction, i: u32) -> Option<u8> {
@@ -111,9 +116,8 @@ pub(super) fn needs_handler(insn: &Instruction, info: &Info, key: Key) -> bool {
                 || (info.arithmetic || info.x87.is_some()) && !key.masked()
                 || info.x87.is_some() && !key.sse();
             // High bytes allow no REX prefix, which the stand-in for RSP needs.
-            let clash = info.narrow
-                && has_high_byte(insn)
-                && (0..4).any(|i| operand_number(insn, i) == Some(RSP));
+            let clash =
+                info.narrow && has_high_byte(insn) && (0..4).any(|i| operand_number(insn, i) == Some(RSP));
             // F3 makes one form of XCHG another instruction.
             let repeated = insn.has_rep_prefix() && insn.mnemonic() == iced_x86::Mnemonic::Xchg;
             // With other registers in the operand it might have more than 15 bytes.
@@ -281,8 +285,7 @@ impl Translator<'_> {
         let numbers: [Option<u8>; 4] = std::array::from_fn(|i| operand_number(insn, i as u32));
         let homed = |i: usize| numbers[i].filter(|&n| is_homed(n));
         if (0..4).all(|i| homed(i).is_none()) {
-            let other = |i: usize| numbers[i].filter(|&n| host(n) != n).map(host);
-            parts.emit(&mut self.asm, info, high, mem, None, other);
+            parts.emit(&mut self.asm, info, high, mem, None, numbers.map(moved));
             return Some(());
         }
         let mut at_home = None;
@@ -333,15 +336,12 @@ impl Translator<'_> {
             }
         }
         let placed_at = |n: u8| placed.iter().flatten().find(|p| p.0 == n).map(|p| p.1);
-        parts.emit(&mut self.asm, info, high, mem, exchanged, |i| {
-            if at_home == Some(i) {
-                return None;
-            }
-            match numbers[i]? {
-                n if is_homed(n) => placed_at(n),
-                n => Some(host(n)).filter(|&host| host != n),
-            }
+        let registers = std::array::from_fn(|i| match numbers[i]? {
+            _ if at_home == Some(i) => None,
+            n if is_homed(n) => placed_at(n),
+            n => moved(Some(n)),
         });
+        parts.emit(&mut self.asm, info, high, mem, exchanged, registers);
         for i in 0..4 {
             if info.written >> i & 1 != 0
                 && at_home != Some(i)
