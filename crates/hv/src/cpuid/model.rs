@@ -51,13 +51,18 @@ const V1: &[&str] = &[
     "kvm_steal_time",
     "kvm_pv_tlb_flush",
 ];
-/// The second micro-architecture level of the x86-64 psABI; RDTSCP.
-const V2: &[&str] = &["cx16", "lahf_lm", "popcnt", "pni", "ssse3", "sse4_1", "sse4_2", "rdtscp"];
-/// The third; what of the privileged half its oldest processors have.
-const V3: &[&str] =
-    &["movbe", "abm", "bmi1", "bmi2", "xsave", "avx", "f16c", "fma", "avx2", "pdpe1gb", "smep", "fsgsbase"];
-/// The fourth; likewise.
-const V4: &[&str] = &["avx512f", "avx512dq", "avx512cd", "avx512bw", "avx512vl", "pcid", "invpcid", "smap"];
+/// The second micro-architecture level of the x86-64 psABI (table 3.1): what it has beyond the first.
+pub(super) const LEVEL2: &[&str] = &["cx16", "lahf_lm", "popcnt", "pni", "ssse3", "sse4_1", "sse4_2"];
+/// The third.
+pub(super) const LEVEL3: &[&str] = &["movbe", "abm", "bmi1", "bmi2", "xsave", "avx", "f16c", "fma", "avx2"];
+/// The fourth.
+pub(super) const LEVEL4: &[&str] = &["avx512f", "avx512dq", "avx512cd", "avx512bw", "avx512vl"];
+/// What of the privileged half the oldest processors of the second level have.
+const V2: &[&str] = &["rdtscp"];
+/// Of the third.
+const V3: &[&str] = &["pdpe1gb", "smep", "fsgsbase"];
+/// Of the fourth.
+const V4: &[&str] = &["pcid", "invpcid", "smap"];
 
 /// In no model, only by name: five levels of paging make every walk longer.
 const BY_NAME: &[&str] = &["la57"];
@@ -88,9 +93,9 @@ impl Model {
         match self {
             Self::Host => &[],
             Self::X86_64V1 => &[V1],
-            Self::X86_64V2 => &[V1, V2],
-            Self::X86_64V3 => &[V1, V2, V3],
-            Self::X86_64V4 => &[V1, V2, V3, V4],
+            Self::X86_64V2 => &[V1, LEVEL2, V2],
+            Self::X86_64V3 => &[V1, LEVEL2, V2, LEVEL3, V3],
+            Self::X86_64V4 => &[V1, LEVEL2, V2, LEVEL3, V3, LEVEL4, V4],
         }
     }
 
