@@ -2,8 +2,8 @@
 
 use std::collections::BTreeMap;
 
-use super::features::FEATURES;
-use super::model::{Model, PolicyError, Reason, lacking, select};
+use super::features::{FEATURES, Set};
+use super::model::{LEVEL2, LEVEL3, LEVEL4, Model, PolicyError, Reason, lacking, select};
 use super::topology::{Maker, Topology};
 use super::{CpuidLeaf, CpuidTable, xsave};
 
@@ -63,11 +63,29 @@ impl Default for PolicyOptions {
 const PHYSICAL_BITS: u32 = 46;
 /// Fewest that an x86-64 processor has, for tables that say nothing.
 const LEAST_PHYSICAL_BITS: u32 = 36;
-/// Family 6, model 85, stepping 7: shown with the model `host` where the host's cannot be.
-const SIGNATURE: u32 = 0x0005_0657;
-/// Family 6, model 106, stepping 6: shown with named models. Linux takes the returns of older ones for predictable and warns
-/// that only IBRS helps, which is not on every host; a host where that is so can say it in IA32_ARCH_CAPABILITIES (RSBA).
-const NAMED_SIGNATURE: u32 = 0x0006_06a6;
+/// Signatures to show, from the least processor to the greatest, with what a guest must see beyond the row before.
+///
+/// Programs go by the model too, those built with GCC's `target_clones("arch=...")` for example, and take for given there all that
+/// compilers use by themselves. With the signature of a processor that has more of that than is shown, they end with SIGILL.
+///
+/// Linux goes by the model to know what leaks, unless IA32_ARCH_CAPABILITIES denies it. Of the first three it suspects nothing that the
+/// software CPU does not deny. From Skylake on it takes returns for predictable, and warns where there is no IBRS against that; a
+/// host where they are can say so in IA32_ARCH_CAPABILITIES (RSBA).
+const SIGNATURES: [(&[&[&str]], u32); 4] = [
+    // Conroe-L, as good as the least that Intel made for 64 bits. It has SSSE3, but GCC does not know the model.
+    (&[], 0x0001_0661),
+    // Nehalem-EP.
+    (&[LEVEL2], 0x0001_06a5),
+    // Haswell-EP.
+    (&[LEVEL3], 0x0003_06f2),
+    // Cascade Lake; for compilers Skylake-SP unless they see VNNI. Later ones have more than the level.
+    (&[LEVEL4, &["spec_ctrl"]], 0x0005_0657),
+];
+/// Shown for the host's own processor where that has AVX-512 and the guest sees none. Coffee Lake Refresh leaks all that Intel's
+/// processors with AVX-512 do, so that a guest defends itself as it would there.
+const INTEL_WITHOUT_AVX512: u32 = 0x0009_06ed;
+/// The same of AMD: Zen 3.
+const AMD_WITHOUT_AVX512: u32 = 0x00a0_0f11;
 /// Stepping, model, type, family and their extensions.
 const SIGNATURE_FIELDS: u32 = 0x0fff_3fff;
 const INTEL: CpuidLeaf = CpuidLeaf { eax: 0, ebx: 0x756e_6547, ecx: 0x6c65_746e, edx: 0x4965_6e69 };
@@ -93,7 +111,7 @@ const REPEATED: u32 = 0x0183_f3ff;
 pub fn policy(host: &CpuidTable, options: &PolicyOptions) -> Result<CpuidTable, PolicyError> {
     let shown = select(host, options)?;
     let host_leaf = |function, index| host.get(function, index).unwrap_or_default();
-    // Whose leaves, and whether the host's identity, caches and signature are shown.
+    // Whose leaves, and whether the host's identity and caches are shown.
     let (maker, vendor, own) = match (options.model, options.provider) {
         (Model::Host, Provider::Hardware) if host_leaf(0, 0).ebx != 0 => {
             (Maker::of(host), host_leaf(0, 0), true)
@@ -125,11 +143,8 @@ pub fn policy(host: &CpuidTable, options: &PolicyOptions) -> Result<CpuidTable, 
     let last_basic = if maker == Maker::Intel { LAST_BASIC } else { LAST_BASIC_AMD };
     set(0, 0, [last_basic, vendor.ebx, vendor.ecx, vendor.edx]);
     // CLFLUSH line of 64 bytes, logical processors in the package; the APIC ID is filled in for each processor.
-    let signature = match options.model {
-        Model::Host if own => host_leaf(1, 0).eax & SIGNATURE_FIELDS,
-        Model::Host => SIGNATURE,
-        _ => NAMED_SIGNATURE,
-    };
+    let hardware = own && options.provider == Provider::Hardware;
+    let signature = signature(&shown, maker, hardware.then_some(host_leaf(1, 0).eax & SIGNATURE_FIELDS));
     let several = topology.in_package > 1;
     let logical = topology.package_ids().min(255);
     let basic = set(1, 0, [signature, 8 << 8 | logical << 16, 0, if several { HTT } else { 0 }]);
@@ -220,6 +235,38 @@ pub fn available(host: &CpuidTable, provider: Provider) -> Vec<(&'static str, Op
 /// Names of the features that `table` shows.
 pub fn shown(table: &CpuidTable) -> Vec<&'static str> {
     FEATURES.iter().filter(|feature| feature.is_in(table)).map(|feature| feature.name).collect()
+}
+
+/// Stepping, model and family to show. `own` are those of the processor that runs the guest, where they can be shown.
+fn signature(shown: &Set, maker: Maker, own: Option<u32>) -> u32 {
+    let has = |names: &[&str]| names.iter().all(|name| shown.iter().any(|at| FEATURES[at].name == *name));
+    match own {
+        Some(own) if has(&["avx512f"]) || !is_avx512(maker, own) => own,
+        Some(_) if maker == Maker::Amd => AMD_WITHOUT_AVX512,
+        Some(_) if has(LEVEL2) && has(LEVEL3) => INTEL_WITHOUT_AVX512,
+        _ => {
+            let seen = SIGNATURES.iter().take_while(|row| row.0.iter().all(|names| has(names)));
+            seen.last().map_or(0, |row| row.1)
+        }
+    }
+}
+
+/// Processors with that signature have AVX-512.
+fn is_avx512(maker: Maker, signature: u32) -> bool {
+    let family = (signature >> 8 & 0xf) + (signature >> 20 & 0xff);
+    let model = signature >> 4 & 0xf | signature >> 12 & 0xf0;
+    match (maker, family, model) {
+        // Skylake-SP, Cannon Lake; Ice Lake, Tiger Lake, Rocket Lake; Sapphire, Emerald and Granite Rapids; Xeon Phi.
+        (Maker::Intel, 6, 0x55 | 0x66) => true,
+        (Maker::Intel, 6, 0x6a | 0x6c | 0x7d | 0x7e | 0x8c | 0x8d | 0x9d | 0xa7 | 0xa8) => true,
+        (Maker::Intel, 6, 0x8f | 0xcf | 0xad | 0xae) => true,
+        (Maker::Intel, 6, 0x57 | 0x85) => true,
+        // Diamond Rapids, Nova Lake.
+        (Maker::Intel, 18.., _) => true,
+        // Zen 4, Zen 5 and later.
+        (Maker::Amd, 0x19, 0x10..=0x1f | 0x60..=0xaf) | (Maker::Amd, 0x1a.., _) => true,
+        _ => false,
+    }
 }
 
 /// Width of the guest's physical addresses in bits.

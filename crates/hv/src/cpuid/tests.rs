@@ -189,6 +189,14 @@ fn check(table: &CpuidTable, host: &CpuidTable, options: &PolicyOptions) {
         };
         assert_eq!(leaf.register(place.register) & !(known | derived), 0, "{:#x}", place.function);
     }
+    // No processor is shown that has more than the guest sees of what programs take for given by the model.
+    let signature = table.get(1, 0).unwrap().eax;
+    assert!(has(table, "avx512f") || !is_avx512(Maker::of(table), signature), "{signature:#x}");
+    if options.provider == Provider::Software || options.model != Model::Host {
+        let row = SIGNATURES.iter().position(|row| row.1 == signature).unwrap();
+        let mut needs = SIGNATURES[..=row].iter().flat_map(|row| row.0).flat_map(|names| names.iter());
+        assert!(needs.all(|name| has(table, name)), "{signature:#x}");
+    }
     let xcr0 = table.get(0xd, 0).unwrap_or_default();
     let wanted = [("xsave", 3), ("avx", 4), ("avx512f", 0xe0), ("pku", 0x200)];
     let wanted = wanted.iter().filter(|(name, _)| has(table, name)).fold(0, |bits, (_, more)| bits | more);
@@ -297,8 +305,7 @@ fn a_named_model_is_the_same_on_every_host_that_has_it() {
             host.set(0x8000_0008, 0, CpuidLeaf { eax: bits, ..host.get(0x8000_0008, 0).unwrap() });
             let table = policy(&host, &options).unwrap();
             assert_eq!(table, *first.get_or_insert(table.clone()), "{model}");
-            // Family 6, model 106, stepping 6, of Intel, by the model's name.
-            assert_eq!((table.get(0, 0).unwrap().ebx, table.get(1, 0).unwrap().eax), (INTEL.ebx, 0x606a6));
+            assert_eq!(table.get(0, 0).unwrap().ebx, INTEL.ebx);
             let brand = (0x8000_0002..=0x8000_0004).flat_map(|function| {
                 let leaf = table.get(function, 0).unwrap();
                 [leaf.eax, leaf.ebx, leaf.ecx, leaf.edx].map(u32::to_le_bytes).concat()
@@ -310,6 +317,77 @@ fn a_named_model_is_the_same_on_every_host_that_has_it() {
                 assert_eq!(policy(&host, &software).unwrap(), table, "{model} of the software CPU");
             }
         }
+    }
+}
+
+#[test]
+fn signatures_are_those_of_processors_that_have_what_is_shown_and_no_more() {
+    const V4: &[&str] = &["avx512f", "avx512dq", "avx512cd", "avx512bw", "avx512vl"];
+    let mut host = everything();
+    host.set(0, 0, INTEL);
+    for &(number, eax, ebx) in INTEL_LAYOUT {
+        host.set(0xd, number, CpuidLeaf { eax, ebx, ecx: 0, edx: 0 });
+    }
+    let with = |own: u32, provider, model, wishes: &[(&str, bool)]| {
+        let mut host = host.clone();
+        host.set(1, 0, CpuidLeaf { eax: own, ..host.get(1, 0).unwrap() });
+        let options = PolicyOptions { provider, model, features: features(wishes), ..software() };
+        policy(&host, &options).unwrap().get(1, 0).unwrap().eax
+    };
+    let on: Vec<_> = V4.iter().map(|&name| (name, true)).collect();
+    // Whatever processor the host has, the software CPU goes by what it shows.
+    for own in [0x50657, 0x606a6, 0x90672, 0x306c3] {
+        let software = |model, wishes: &[_]| with(own, Provider::Software, model, wishes);
+        assert_eq!(software(Model::Host, &[]), 0x306f2);
+        assert_eq!(software(Model::Host, &on), 0x50657);
+        assert_eq!(software(Model::Host, &[("bmi2", false)]), 0x106a5);
+        assert_eq!(software(Model::Host, &[("popcnt", false)]), 0x10661);
+        assert_eq!(software(Model::Host, &[("pdpe1gb", false), ("aes", false)]), 0x306f2);
+    }
+    // Named models are the same everywhere.
+    for provider in [Provider::Software, Provider::Hardware] {
+        let named = |model, wishes: &[_]| with(0x606a6, provider, model, wishes);
+        assert_eq!(named(Model::X86_64V1, &[]), 0x10661);
+        assert_eq!(named(Model::X86_64V2, &[]), 0x106a5);
+        assert_eq!(named(Model::X86_64V2, &[("xsave", true), ("avx", true)]), 0x106a5);
+        assert_eq!(named(Model::X86_64V3, &[]), 0x306f2);
+        assert_eq!(named(Model::X86_64V4, &[]), 0x306f2, "no IBRS, which Linux wants of Cascade Lake");
+        assert_eq!(named(Model::X86_64V4, &[("spec_ctrl", true)]), 0x50657);
+    }
+    // Hardware shows itself, unless it has AVX-512 and the guest none.
+    let hidden = FEATURES.iter().map(|feature| (feature.name, false));
+    let hidden: Vec<_> = hidden.filter(|(name, _)| name.starts_with("avx512")).collect();
+    let itself = |own, wishes: &[_]| with(own, Provider::Hardware, Model::Host, wishes);
+    for own in [0x50657, 0x606a6, 0x806f8, 0xc06f2, 0x80650, 0x90672, 0x306c3, 0x206a7] {
+        assert_eq!(itself(own, &[]), own);
+    }
+    for own in [0x50657, 0x606a6, 0x806f8, 0xc06f2, 0xa0671] {
+        assert_eq!(itself(own, &hidden), 0x906ed);
+    }
+    for own in [0x90672, 0xb0671, 0xa06f3, 0x306c3, 0x206a7] {
+        assert_eq!(itself(own, &hidden), own);
+    }
+    // A Cascade Lake whose back end offers not even SSE3.
+    assert_eq!(policy(&pvm(), &hardware(Model::Host)).unwrap().get(1, 0).unwrap().eax, 0x10661);
+}
+
+#[test]
+fn zen_without_avx512_is_shown_as_zen_3() {
+    let hardware = |signature: u32| {
+        let mut host = epyc();
+        host.set(1, 0, CpuidLeaf { eax: signature, ..host.get(1, 0).unwrap() });
+        let table = policy(&host, &hardware(Model::Host)).unwrap();
+        // AMD repeats it.
+        assert_eq!(table.get(1, 0).unwrap().eax, table.get(0x8000_0001, 0).unwrap().eax);
+        table.get(1, 0).unwrap().eax
+    };
+    // Zen 4: Genoa, Phoenix. Zen 5: Turin, Granite Ridge.
+    for own in [0xa10f11, 0xa70f52, 0xb00f21, 0xb40f40] {
+        assert_eq!(hardware(own), 0xa00f11);
+    }
+    // Zen, Zen 2, Zen 3: Milan, Vermeer, Cezanne.
+    for own in [0x800f12, 0x830f10, 0xa00f11, 0xa20f12, 0xa50f00] {
+        assert_eq!(hardware(own), own);
     }
 }
 
