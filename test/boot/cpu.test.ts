@@ -1,9 +1,9 @@
 // Named models and features: what the guest's kernel sees of them, and what the engine refuses.
 import { describe, expect, test } from 'vitest'
 import { type CpuFeature, cpuFeatures, cpuModels, diagnose, Vm, type VmConfig } from '../../dist/index.js'
-import { inL1 } from '../helpers/accel.js'
+import { accel, inL1 } from '../helpers/accel.js'
 import { skep } from '../helpers/cli.js'
-import { debianCloud } from '../helpers/guests.js'
+import { debianCloud, debianWith, testProgram } from '../helpers/guests.js'
 import { BOOT_TIMEOUT, Shell } from '../helpers/shell.js'
 
 const software = () => {
@@ -60,6 +60,33 @@ describe('a guest', () => {
       if (!inL1) others.push('avx2')
       for (const name of others) expect(seen?.includes(name), name).toBe(features[name])
       if (!inL1) expect(await shell.complaints()).toEqual([])
+    },
+    BOOT_TIMEOUT,
+  )
+})
+
+// Code runs ten times slower in L1.
+describe.skipIf(inL1)('a program that goes by the model of the processor finds there what it takes for given:', () => {
+  /** What the compiler's library takes the processor for; `host` under KVM is the host's own. */
+  const processors: Record<string, string> = {
+    'x86-64-v1': 'another',
+    'x86-64-v2': 'nehalem',
+    'x86-64-v3': 'haswell',
+    'x86-64-v4': 'haswell',
+  }
+  const { models = [] } = diagnose().guests.find(({ backEnd }) => backEnd === accel) ?? {}
+  const names = models.filter(({ available }) => available).map(({ name }) => name)
+
+  test.each(names)(
+    '%s',
+    async (name) => {
+      const source = await testProgram('clones')
+      const guest = await debianWith('clones', { entries: [{ path: '/clones', type: 'file', source, mode: 0o755 }] })
+      await using shell = await Shell.boot({ cpu: name }, { guest })
+      const [processor, result] = (await shell.read('/clones 2>&1')).split('\n')
+      expect(result).toBe('right')
+      expect(processor).toBe(processors[name] ?? processor)
+      expect(await shell.complaints()).toEqual([])
     },
     BOOT_TIMEOUT,
   )
