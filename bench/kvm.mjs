@@ -5,6 +5,7 @@
 import { join } from 'node:path'
 import { parseArgs } from 'node:util'
 import { build, isCompiling } from '../scripts/lib/build.mjs'
+import { cpuTime } from '../scripts/lib/cpu-time.mjs'
 import { prepareGuest } from '../scripts/lib/guest.mjs'
 import { hardwareKvm } from '../scripts/lib/kvm.mjs'
 import { prepareL1 } from '../scripts/lib/l1/image.mjs'
@@ -20,7 +21,6 @@ import { chosenOf, whole } from './lib/options.mjs'
 import { qemuVersion } from './lib/peers.mjs'
 import { keepJson, resultFile } from './lib/results.mjs'
 import { median, table } from './lib/stats.mjs'
-import { cpuTime } from './lib/trial.mjs'
 
 const CONTENDERS = ['skep in node', 'skep bare', 'qemu q35', 'qemu microvm']
 const LOGS = ['quiet', 'full']

@@ -1,8 +1,8 @@
 // A process that obeys orders, a line each (bench/cpu/guest.c, `guest serve`): a machine by its serial console, or the program
 // itself. When its lines arrive is noted by this machine's clock.
 import { spawn } from 'node:child_process'
+import { cpuTime } from '../../scripts/lib/cpu-time.mjs'
 import { lines } from '../../scripts/lib/lines.mjs'
-import { cpuTime } from './trial.mjs'
 
 const PATIENCE = 5_000
 const KEPT = 30

@@ -1,14 +1,6 @@
 // One boot in a process of its own, timed from the start of the process.
 import { spawn } from 'node:child_process'
-import { readFileSync } from 'node:fs'
-
-const TICKS_PER_SECOND = 100
-
-/** CPU time of a process in ms, user and system, all threads, and of those of its children that have ended. */
-export function cpuTime(pid) {
-  const fields = readFileSync(`/proc/${pid}/stat`, 'utf8').split(') ').at(-1).split(' ')
-  return (fields.slice(11, 15).reduce((sum, ticks) => sum + Number(ticks), 0) * 1000) / TICKS_PER_SECOND
-}
+import { cpuTime } from '../../scripts/lib/cpu-time.mjs'
 
 /**
  * Starts a program whose stdout is the guest's serial console and waits until `marker` shows.

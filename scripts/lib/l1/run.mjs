@@ -13,6 +13,7 @@ import {
 } from 'node:fs'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
+import { cpuTime } from '../cpu-time.mjs'
 import { root } from '../paths.mjs'
 import { duration } from '../progress.mjs'
 import { Failure, output, run } from '../run.mjs'
@@ -29,6 +30,14 @@ const TIMED_OUT = 124
 /** Exit status where L1 itself failed. */
 const BROKEN = 125
 
+/** What L1 says on its console every few seconds while it runs a command. */
+const ALIVE = 'l1: alive'
+/**
+ * It has stood still if it did not say so for so long, in ms of its own processor time or, should it use none, of time. A busy
+ * machine gives it little.
+ */
+const SILENCE = { cpu: 150_000, wall: 900_000 }
+const LOOK = 10_000
 const POLL = 25
 const CONSOLE_TAIL = 30
 /** These have the same meaning in L1, whose files are the same. */
@@ -39,6 +48,18 @@ const INHERITED = ['PATH', 'HOME', 'XDG_CACHE_HOME', 'NO_COLOR', 'CI']
  * host's, and mitigations protect nothing here.
  */
 const CMDLINE = 'console=ttyS0 quiet panic=-1 mitigations=off nokaslr tsc=reliable no_timer_check random.trust_cpu=on'
+
+/**
+ * The frequency of this machine's TSC, which is L1's too. On a busy machine L1 cannot measure it: its clock has been seen to run
+ * twenty times too fast. The kernel here tells it where the processor does not count its own cycles, as in virtual machines.
+ */
+function knownTsc() {
+  const text = readFileSync('/proc/cpuinfo', 'utf8')
+  const flags = text.match(/^flags\s*: (.*)$/m)?.[1]?.split(' ') ?? []
+  const mhz = Number(text.match(/^cpu MHz\s*: ([\d.]+)$/m)?.[1])
+  if (!(mhz > 0) || !flags.includes('constant_tsc') || flags.includes('aperfmperf')) return ''
+  return ` tsc_early_khz=${Math.round(mhz * 1000)}`
+}
 
 const quoted = (text) => `'${text.replaceAll("'", "'\\''")}'`
 
@@ -97,19 +118,20 @@ export async function runInL1(command, options = {}) {
     const args = [
       ...['-machine', 'q35,hpet=off', '-accel', 'tcg,thread=multi,tb-size=512', '-cpu', 'EPYC,+svm,+npt'],
       ...['-smp', `${cpus}`, '-m', memory, '-nodefaults', '-no-user-config', '-display', 'none', '-no-reboot'],
-      ...['-kernel', kernel, '-initrd', initrd, '-append', `${CMDLINE} l1.job=${job}`, '-serial', 'stdio'],
+      ...['-kernel', kernel, '-initrd', initrd, '-append', `${CMDLINE}${knownTsc()} l1.job=${job}`, '-serial', 'stdio'],
       ...folder('root', '/', ',readonly=on,multidevs=remap'),
       ...shares.flatMap(([tag, path]) => folder(tag, path, '')),
       ...['-device', 'virtio-rng-pci', '-device', 'virtio-serial-pci'],
       ...['stdout', 'stderr', 'status'].flatMap(port),
     ]
     const streams = [follow(file('stdout'), onStdout), follow(file('stderr'), onStderr)]
-    const { tail, timedOut } = await boot(args, timeout, log, onSpawn)
+    const { tail, ended } = await boot(args, timeout, log, onSpawn)
     for (const stop of streams) stop()
     const status = readStatus(file('status'))
     if (status !== undefined) return status
-    const reason = timedOut ? `the time was up after ${duration(timeout)}` : 'it died, its console ends with'
-    throw new Failure(`L1 did not finish: ${reason}\n${tail.join('\n')}`, timedOut ? TIMED_OUT : BROKEN)
+    const reason = ended ?? 'it died'
+    const text = `L1 did not finish: ${reason}; its console ends with\n${tail.join('\n')}`
+    throw new Failure(text, ended === undefined ? BROKEN : TIMED_OUT)
   } finally {
     process.off('exit', clean)
     clean()
@@ -123,26 +145,56 @@ function script(command, cwd, env) {
   const exports = variables
     .filter(([, value]) => value !== undefined)
     .map(([name, value]) => `${name}=${quoted(value)}`)
-  return `cd ${quoted(cwd)} || exit 125\nexec env -i ${exports.join(' ')} ${command.map(quoted).join(' ')}\n`
+  const alive = `(while sleep 5; do echo '${ALIVE}'; done) >/dev/console 2>&1 &`
+  return `${alive}\ncd ${quoted(cwd)} || exit 125\nexec env -i ${exports.join(' ')} ${command.map(quoted).join(' ')}\n`
 }
 
-/** Runs QEMU to its end; the end of L1's console and whether it had to be ended. */
+/** Runs QEMU to its end; the end of L1's console and, if it had to be ended, why. */
 async function boot(args, timeout, log, onSpawn) {
   const tail = []
-  const signal = AbortSignal.timeout(timeout)
+  const end = new AbortController()
+  let emulator
+  let last = { cpu: 0, wall: Date.now() }
+  const now = () => {
+    try {
+      return { cpu: cpuTime(emulator), wall: Date.now() }
+    } catch {
+      // It has just ended.
+      return last
+    }
+  }
   const onLine = (line) => {
+    if (line.includes(ALIVE)) {
+      last = now()
+      return
+    }
     if (line.includes("TCG doesn't support requested feature")) return
     tail.push(line)
     if (tail.length > CONSOLE_TAIL) tail.shift()
   }
+  const look = () => {
+    const { cpu, wall } = now()
+    if (cpu - last.cpu < SILENCE.cpu && wall - last.wall < SILENCE.wall) return
+    end.abort(`it stood still for ${duration(wall - last.wall)}, ${duration(cpu - last.cpu)} of processor time`)
+  }
+  const limit = setTimeout(() => end.abort(`the time was up after ${duration(timeout)}`), timeout)
+  let looks
   try {
     // If we are killed, QEMU is too.
     const command = ['--pdeathsig', 'KILL', '--', QEMU, ...args]
-    await run('setpriv', command, { log, allowFailure: true, signal, onLine, onSpawn })
-    return { tail, timedOut: false }
+    const started = (pid) => {
+      emulator = pid
+      looks = setInterval(look, LOOK)
+      onSpawn?.(pid)
+    }
+    await run('setpriv', command, { log, allowFailure: true, signal: end.signal, onLine, onSpawn: started })
+    return { tail }
   } catch (error) {
-    if (!signal.aborted) throw error
-    return { tail, timedOut: true }
+    if (!end.signal.aborted) throw error
+    return { tail, ended: end.signal.reason }
+  } finally {
+    clearTimeout(limit)
+    clearInterval(looks)
   }
 }
 
