@@ -2,10 +2,10 @@
 import { createHash } from 'node:crypto'
 import { expect, test } from 'vitest'
 import { Vm } from '../../dist/index.js'
-import { accel } from '../helpers/accel.js'
+import { accel, patience } from '../helpers/accel.js'
 import { debianFull, largeInitramfs } from '../helpers/guests.js'
 
-const TIMEOUT = 900_000
+const TIMEOUT = 900_000 * patience
 
 test.each(['node', 'python3'] as const)(
   '%s runs a script from an initramfs of several hundred MiB',

@@ -3,7 +3,7 @@ import { execFile } from 'node:child_process'
 import { fileURLToPath } from 'node:url'
 import { promisify } from 'node:util'
 import { expect, test } from 'vitest'
-import { accel } from '../helpers/accel.js'
+import { accel, patience } from '../helpers/accel.js'
 import { debianCloud } from '../helpers/guests.js'
 
 const CYCLES = Number(process.env['SKEP_CYCLES'] ?? 200)
@@ -22,7 +22,7 @@ interface Held {
   virtualKib: number
 }
 
-test(`${CYCLES} machines leave no memory, thread or descriptor`, { timeout: 600_000 }, async () => {
+test(`${CYCLES} machines leave no memory, thread or descriptor`, { timeout: 600_000 * patience }, async () => {
   const { kernel, initrd, cmdline } = await debianCloud()
   const config = { cpus: 2, memory: '128M', accel, boot: { kernel, initrd, cmdline } }
   const script = fileURLToPath(new URL('../helpers/cycles.mjs', import.meta.url))

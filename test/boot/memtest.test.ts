@@ -2,10 +2,10 @@
 // MADT, drives the screen, the keyboard and the serial port, and then touches every byte there is.
 import { expect, test } from 'vitest'
 import { Vm } from '../../dist/index.js'
-import { accel } from '../helpers/accel.js'
+import { accel, patience } from '../helpers/accel.js'
 import { packageFile } from '../helpers/guests.js'
 
-test('memtest86+ tests memory and finds no error', { timeout: 600_000 }, async () => {
+test('memtest86+ tests memory and finds no error', { timeout: 600_000 * patience }, async () => {
   const kernel = await packageFile('memtest86+', /^boot\/(memtest86\+x64\.bin|mt86\+x64)$/)
   await using vm = await Vm.create({
     cpus: 1,
@@ -15,10 +15,10 @@ test('memtest86+ tests memory and finds no error', { timeout: 600_000 }, async (
   })
   const console = vm.console(1)
   await vm.start()
-  await console.waitFor(/Memtest86\+/, { timeout: 60_000 })
-  await console.waitFor(/Status: Testing/, { timeout: 120_000 })
+  await console.waitFor(/Memtest86\+/, { timeout: 60_000 * patience })
+  await console.waitFor(/Status: Testing/, { timeout: 120_000 * patience })
   // The screen is sent in pieces between escape sequences: the second test has begun, so the first is through.
-  await console.waitFor(/#[1-9] +\[[A-Z][a-z ]+/, { timeout: 300_000 })
-  const [, errors] = await console.waitFor(/Errors: (\d+)\s/, { timeout: 120_000 })
+  await console.waitFor(/#[1-9] +\[[A-Z][a-z ]+/, { timeout: 300_000 * patience })
+  const [, errors] = await console.waitFor(/Errors: (\d+)\s/, { timeout: 120_000 * patience })
   expect(errors).toBe('0')
 })

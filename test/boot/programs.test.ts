@@ -3,12 +3,12 @@ import { execFile } from 'node:child_process'
 import { promisify } from 'node:util'
 import { describe, expect, test } from 'vitest'
 import { diagnose } from '../../dist/index.js'
-import { accel } from '../helpers/accel.js'
+import { accel, patience } from '../helpers/accel.js'
 import { debianWith, freestandingProgram, hostNode, testProgram } from '../helpers/guests.js'
 import { Shell } from '../helpers/shell.js'
 
 const run = promisify(execFile)
-const TIMEOUT = 600_000
+const TIMEOUT = 600_000 * patience
 
 /** Hot functions of every kind that V8 compiles, regular expressions and WebAssembly. */
 const NODE = String.raw`

@@ -17,6 +17,12 @@ export const accel: 'software' | 'kvm' = chosen
 export const inL1 = accel === 'kvm' && process.env['SKEP_L1'] !== undefined
 
 /**
+ * What limits of time are multiplied by: code runs ten times slower in L1, and L1 slower still where other programs want
+ * the same processors. Nothing waits that long when all is well.
+ */
+export const patience = inL1 ? 5 : 1
+
+/**
  * The processor of guests whose kernel must find nothing to complain about. QEMU's emulation of SVM lets a guest set XCR0 behind KVM's
  * back, whereupon Linux finds XSAVE inconsistent: in L1 they have none.
  */

@@ -8,6 +8,7 @@ import { mkdtemp, readdir, rm } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { fileURLToPath } from 'node:url'
+import { patience } from './accel.js'
 
 /** The command, as package.json's `bin` names it. */
 export const SKEP = fileURLToPath(new URL('../../dist/cli/main.js', import.meta.url))
@@ -41,7 +42,10 @@ export interface Running {
 }
 
 /** Starts `skep` with `args`. */
-export function start(args: string[], { wrapper = [], env = {}, timeout = 120_000 }: CliOptions = {}): Running {
+export function start(
+  args: string[],
+  { wrapper = [], env = {}, timeout = 120_000 * patience }: CliOptions = {},
+): Running {
   const [command = process.execPath, ...rest] = [...wrapper, process.execPath, SKEP, ...args]
   const child = spawn(command, rest, {
     stdio: ['pipe', 'pipe', 'pipe'],

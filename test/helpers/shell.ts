@@ -4,12 +4,12 @@
  * @module
  */
 import { type Console, Vm, type VmConfig } from '../../dist/index.js'
-import { accel, soundCpu } from './accel.js'
+import { accel, patience, soundCpu } from './accel.js'
 import { debianCloud, type Guest } from './guests.js'
 
 /** Long enough for the slowest machine that runs the tests; nothing waits that long when all is well. */
-export const BOOT_TIMEOUT = 240_000
-const COMMAND_TIMEOUT = 90_000
+export const BOOT_TIMEOUT = 240_000 * patience
+const COMMAND_TIMEOUT = 90_000 * patience
 
 /** What a command in the guest said. */
 export interface CommandResult {
