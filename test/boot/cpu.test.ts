@@ -6,9 +6,10 @@ import { skep } from '../helpers/cli.js'
 import { debianCloud, debianWith, testProgram } from '../helpers/guests.js'
 import { BOOT_TIMEOUT, Shell } from '../helpers/shell.js'
 
-const software = () => {
-  const guest = diagnose().guests.find(({ backEnd }) => backEnd === 'software')
-  if (guest === undefined) throw new Error('the diagnosis says nothing of the software CPU')
+/** What the diagnosis says of processors of the back end that runs the guests. */
+const available = () => {
+  const guest = diagnose().guests.find(({ backEnd }) => backEnd === accel)
+  if (guest === undefined) throw new Error(`the diagnosis says nothing of ${accel}`)
   return guest
 }
 
@@ -21,7 +22,7 @@ async function cpuinfo(shell: Shell): Promise<Map<string, string>> {
 const flags = async (shell: Shell) => (await cpuinfo(shell)).get('flags')?.split(' ')
 
 test('names of models and features are those of the engine', () => {
-  const { models, features } = software()
+  const { models, features } = available()
   expect(models.map(({ name }) => name)).toEqual([...cpuModels])
   expect(new Set(Object.keys(features))).toEqual(new Set(cpuFeatures))
 })
@@ -51,7 +52,7 @@ describe('a guest', () => {
   test(
     'without aes has no aes, and all else',
     async () => {
-      const { features } = software()
+      const { features } = available()
       await using shell = await Shell.boot({ cpu: { features: { aes: false } } })
       const seen = await flags(shell)
       expect(seen).not.toContain('aes')
