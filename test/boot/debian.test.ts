@@ -35,6 +35,20 @@ describe.each([1, 2])('Debian with %i vCPU', (cpus) => {
     expect(await shell.read('nproc')).toBe(String(cpus))
   })
 
+  test.runIf(accel === 'kvm')('the exits of the boot are told by reason', async () => {
+    const { vcpus } = await shell.vm.stats()
+    expect(vcpus).toHaveLength(cpus)
+    // The serial port, the HPET and the IOAPIC, whichever processor the guest had them used by.
+    const all = vcpus.flatMap(({ exits }) => Object.entries(exits))
+    const seen = (name: string) => all.filter(([reason]) => reason === name).reduce((sum, [, count]) => sum + count, 0)
+    for (const reason of ['portRead', 'portWrite', 'memoryRead', 'memoryWrite'])
+      expect(seen(reason), reason).toBeGreaterThan(10)
+    for (const reason of ['failedEntry', 'systemEvent', 'other']) expect(seen(reason), reason).toBe(0)
+    // These are returns to this process; the kernel counts those that it deals with by itself too.
+    const ofTheKernel = vcpus.reduce((sum, { kernel }) => sum + (kernel['exits'] ?? 0), 0)
+    expect(ofTheKernel).toBeGreaterThan(seen('portRead') + seen('portWrite') + seen('memoryRead') + seen('memoryWrite'))
+  })
+
   test('memory is what was asked for', async () => {
     const total = Number((await shell.read('grep MemTotal /proc/meminfo')).match(/\d+/)?.[0]) * 1024
     expect(total).toBeGreaterThan(400 << 20)
