@@ -11,6 +11,7 @@ import {
   rmSync,
   writeFileSync,
 } from 'node:fs'
+import { createServer } from 'node:net'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { cpuTime } from '../cpu-time.mjs'
@@ -30,7 +31,13 @@ const TIMED_OUT = 124
 /** Exit status where L1 itself failed. */
 const BROKEN = 125
 
-/** What L1 says on its console every few seconds while it runs a command. */
+/**
+ * How often L1 is sent something, in ms. QEMU 7.2's VMRUN and #VMEXIT change the set of pending interrupts without its lock, and can lose one
+ * that comes in that moment. If it was the timer's, which is set for one interrupt at a time, there is no other: L1 stays in its guest for
+ * good. Any other interrupt brings the lost one back.
+ */
+const PULSE = 1_000
+/** What it then says on its console while it runs a command. */
 const ALIVE = 'l1: alive'
 /**
  * It has stood still if it did not say so for so long, in ms of its own processor time or, should it use none, of time. A busy
@@ -101,6 +108,7 @@ export async function runInL1(command, options = {}) {
   const job = mkdtempSync(join(realpathSync(tmpdir()), 'skep-l1-'))
   const clean = () => rmSync(job, { recursive: true, force: true })
   process.once('exit', clean)
+  let stopPulse = () => {}
   try {
     const shares = writable.map((path, index) => [`share${index}`, path])
     for (const [, path] of shares) mkdirSync(path, { recursive: true })
@@ -123,7 +131,10 @@ export async function runInL1(command, options = {}) {
       ...shares.flatMap(([tag, path]) => folder(tag, path, '')),
       ...['-device', 'virtio-rng-pci', '-device', 'virtio-serial-pci'],
       ...['stdout', 'stderr', 'status'].flatMap(port),
+      ...['-chardev', `socket,id=pulse,path=${file('pulse')}`],
+      ...['-device', 'virtserialport,chardev=pulse,name=pulse'],
     ]
+    stopPulse = await pulse(file('pulse'))
     const streams = [follow(file('stdout'), onStdout), follow(file('stderr'), onStderr)]
     const { tail, ended } = await boot(args, timeout, log, onSpawn)
     for (const stop of streams) stop()
@@ -133,6 +144,7 @@ export async function runInL1(command, options = {}) {
     const text = `L1 did not finish: ${reason}; its console ends with\n${tail.join('\n')}`
     throw new Failure(text, ended === undefined ? BROKEN : TIMED_OUT)
   } finally {
+    stopPulse()
     process.off('exit', clean)
     clean()
   }
@@ -145,7 +157,12 @@ function script(command, cwd, env) {
   const exports = variables
     .filter(([, value]) => value !== undefined)
     .map(([name, value]) => `${name}=${quoted(value)}`)
-  const alive = `(while sleep 5; do echo '${ALIVE}'; done) >/dev/console 2>&1 &`
+  const alive = [
+    'for port in /sys/class/virtio-ports/*; do',
+    `  if [ "$(cat "$port/name")" = pulse ]; then pulse=/dev/\${port##*/}; fi`,
+    'done',
+    `(while read -r _; do echo '${ALIVE}'; done) <"$pulse" >/dev/console 2>&1 &`,
+  ].join('\n')
   return `${alive}\ncd ${quoted(cwd)} || exit 125\nexec env -i ${exports.join(' ')} ${command.map(quoted).join(' ')}\n`
 }
 
@@ -196,6 +213,17 @@ async function boot(args, timeout, log, onSpawn) {
     clearTimeout(limit)
     clearInterval(looks)
   }
+}
+
+/** Sends L1 an empty line now and then, through a socket that QEMU connects to; the returned function ends it. */
+async function pulse(path) {
+  const server = createServer((socket) => {
+    const timer = setInterval(() => socket.write('\n'), PULSE)
+    socket.on('error', () => {})
+    socket.on('close', () => clearInterval(timer))
+  })
+  await new Promise((resolve, reject) => server.once('error', reject).listen(path, resolve))
+  return () => server.close()
 }
 
 /** Hands on what is appended to a file; the returned function reads the rest and ends it. */
