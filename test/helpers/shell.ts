@@ -40,6 +40,8 @@ export class Shell implements AsyncDisposable {
     try {
       await vm.start()
       await shell.prompt(BOOT_TIMEOUT)
+      // What the kernel says now and then must not come between what commands say; its log has it.
+      await shell.read('dmesg -n 1')
     } catch (error) {
       await vm[Symbol.asyncDispose]()
       throw error
