@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use kvm_bindings::*;
 use kvm_ioctls::{Kvm as KvmFd, VmFd};
+use skep_hv::cpuid::CpuidTable;
 use skep_hv::irq::{BackEndApics, Doorbell, IoAddress, Signal};
 use skep_hv::{HvError, Vcpu, Vm, VmOptions};
 use skep_memory::{GuestMemory, PAGE_SIZE, RegionKind};
@@ -28,6 +29,8 @@ const TASK_STATE: usize = 0xfeff_d000;
 pub(crate) struct Shared {
     pub(crate) memory: GuestMemory,
     pub(crate) options: VmOptions,
+    /// What the guest finds when it executes CPUID.
+    pub(crate) seen: CpuidTable,
     pub(crate) capabilities: Capabilities,
     pub(crate) shape: Shape,
     pub(crate) tsc_hz: u64,
@@ -120,6 +123,7 @@ impl KvmVm {
             still: (0..options.vcpus).map(|_| AtomicU32::new(0)).collect(),
             shape: Shape { xsave_size: xsave as usize, xcr0, msrs },
             memory,
+            seen: crate::finish::seen(&options.cpuid, &skep_hv::cpuid::host()),
             options,
             capabilities,
             tsc_hz,
