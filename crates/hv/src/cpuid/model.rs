@@ -66,10 +66,6 @@ const V4: &[&str] = &["pcid", "invpcid", "smap"];
 
 /// In no model, only by name: five levels of paging make every walk longer.
 const BY_NAME: &[&str] = &["la57"];
-/// With `host` not in the software CPU, but by name or with a model: there AVX-512 makes nothing faster, while the C library's use of it
-/// makes switches between programs dearer.
-const BY_NAME_IN_SOFTWARE: &[&str] =
-    &["avx512f", "avx512dq", "avx512cd", "avx512bw", "avx512vl", "avx512_vnni"];
 /// What guests call the hypervisor for, by the instruction of the maker that they see.
 const HYPERCALLS: &[&str] = &["kvm_pv_send_ipi", "kvm_pv_sched_yield", "kvm_pv_unhalt"];
 
@@ -293,10 +289,7 @@ pub(super) fn select(host: &CpuidTable, options: &PolicyOptions) -> Result<Set, 
             options.model.contains(feature)
         } else {
             // Without the base there is no processor: that it is missing must be told.
-            let software = options.provider == Provider::Software;
-            let by_name =
-                BY_NAME.contains(&feature.name) || software && BY_NAME_IN_SOFTWARE.contains(&feature.name);
-            feature.giver == Giver::Base || lacking[at].is_none() && !by_name
+            feature.giver == Giver::Base || lacking[at].is_none() && !BY_NAME.contains(&feature.name)
         }
     };
     let shown = Set::new(|at, feature| wish(at).unwrap_or_else(|| in_model(at, feature)));
