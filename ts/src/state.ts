@@ -111,8 +111,8 @@ export interface TranslationStats {
   instructions: number
   /** Bytes of host code made of them. */
   bytes: number
-  /** Times the cache of host code was emptied. */
-  flushes: number
+  /** Times the oldest eighth of the cache of host code was dropped to make room. */
+  evictions: number
 }
 
 /** What a device has been asked for. */

@@ -247,7 +247,7 @@ fn scrambled(data: &[u8], rest: &[u8]) -> CpuState {
     state
 }
 
-fn processor(memory: u64) -> Option<Box<Cpu>> {
+pub(crate) fn processor(memory: u64) -> Option<Box<Cpu>> {
     let ram = RegionSpec { start: 0, size: memory, kind: RegionKind::Ram };
     let memory = GuestMemory::new(&[ram]).ok()?;
     let options = VmOptions { cpuid: table(), tsc_hz: Some(1_000_000_000), ..VmOptions::default() };
@@ -296,7 +296,7 @@ fn protected_mode(cpu: &mut Cpu) {
 }
 
 /// Identity-mapped by 2 MiB pages, accessible from every level.
-fn long_mode(cpu: &mut Cpu, cpl: u32) {
+pub(crate) fn long_mode(cpu: &mut Cpu, cpl: u32) {
     const TABLES: u64 = 0x1000;
     let entry = 0x67;
     let pages = (4096 * cpu.memory.page_count() as u64).div_ceil(LARGE_PAGE).min(512);

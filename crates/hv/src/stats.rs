@@ -38,14 +38,14 @@ pub struct VcpuStats {
 /// What a JIT has translated.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize)]
 pub struct Translations {
-    /// Blocks translated, again after a flush included.
+    /// Blocks translated, again after an eviction included.
     pub blocks: u64,
     /// Guest instructions in them.
     pub instructions: u64,
     /// Bytes of host code made of them.
     pub bytes: u64,
-    /// Times the code cache was emptied.
-    pub flushes: u64,
+    /// Times the oldest eighth of the code cache was dropped to make room.
+    pub evictions: u64,
     /// What was compared with the interpreter, in lockstep.
     pub compared: Compared,
 }
@@ -69,7 +69,7 @@ impl std::iter::Sum for Translations {
             blocks: sum.blocks.saturating_add(one.blocks),
             instructions: sum.instructions.saturating_add(one.instructions),
             bytes: sum.bytes.saturating_add(one.bytes),
-            flushes: sum.flushes.saturating_add(one.flushes),
+            evictions: sum.evictions.saturating_add(one.evictions),
             compared: Compared {
                 blocks: sum.compared.blocks.saturating_add(one.compared.blocks),
                 instructions: sum.compared.instructions.saturating_add(one.compared.instructions),

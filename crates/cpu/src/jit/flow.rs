@@ -75,8 +75,13 @@ impl Translator<'_> {
         self.link(from, target, in_host);
     }
 
+    /// Number of the next link.
+    pub(super) fn next_link(&self) -> u32 {
+        self.request.first_link + self.links.len() as u32
+    }
+
     pub(super) fn link(&mut self, from: Forward, target: u16, save_flags: bool) {
-        let number = self.request.first_link + self.links.len();
+        let number = self.next_link();
         let end = self.asm.origin + from.0 as u64;
         self.links.push(Link { end, target, in_host: self.in_host, far: false });
         self.stubs.push(Stub::Link { from, number, target, save_flags });
@@ -129,7 +134,7 @@ impl Translator<'_> {
             self.asm.load(R8, BASE);
             self.asm.add_target_to_r8(target, self.request.key.small());
             if self.request.chain {
-                self.asm.mov_imm32(R9, (self.request.first_link + self.links.len()) as u32);
+                self.asm.mov_imm32(R9, self.next_link());
                 self.asm.call(self.request.glue.leave_to_link);
                 let (end, target) = (self.asm.here(), (target & 0xfff) as u16);
                 self.links.push(Link { end, target, in_host: false, far: true });

@@ -15,6 +15,7 @@
 #![expect(unsafe_code, reason = "puts back bytes of guest memory by host address")]
 
 use std::collections::HashMap;
+use std::ops::Range;
 use std::sync::Arc;
 
 use skep_hv::{Compared as Tally, RunEnd};
@@ -293,8 +294,13 @@ impl Cpu {
 
     /// All code has been dropped.
     pub(super) fn forget_blocks(&mut self) {
+        self.forget_blocks_in(0..u64::MAX);
+    }
+
+    /// All code that lay there has been dropped.
+    pub(super) fn forget_blocks_in(&mut self, place: Range<u64>) {
         if let Some(lockstep) = &mut self.lockstep {
-            lockstep.blocks.clear();
+            lockstep.blocks.retain(|code, _| !place.contains(code));
         }
     }
 

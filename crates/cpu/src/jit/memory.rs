@@ -1,14 +1,18 @@
-//! Where translated code lies: code that runs often from the bottom up, what stands out of its way from the top down. Where the
-//! host allows it, one mapping that is writable and executable; else one memfd, mapped writable at one address and
-//! executable at another.
+//! Where translated code lies: in parts that are filled one after the other and, when all are full, emptied in the same order. In a
+//! part, code that runs often grows from the bottom up, what stands out of its way from the top down. Where the host allows
+//! it, one mapping that is writable and executable; else one memfd, mapped writable at one address and executable at
+//! another.
 #![expect(unsafe_code, reason = "memory mappings")]
 
 use std::io;
+use std::ops::Range;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::ptr::NonNull;
 
-/// Bytes of code kept before all of it is dropped and translated anew as it is needed. The host gives memory as it is used.
+/// Bytes of code kept before the oldest of it is dropped and translated anew as it is needed. The host gives memory as it is used.
 pub(super) const SIZE: usize = 128 << 20;
+/// Parts of it.
+pub(super) const PARTS: usize = 8;
 /// What large pages are aligned to.
 const LARGE: usize = 2 << 20;
 
@@ -18,7 +22,11 @@ pub(super) struct CodeMemory {
     executable: NonNull<u8>,
     /// What was mapped, to be given back.
     mapped: Vec<(NonNull<u8>, usize)>,
-    /// Bytes used at the bottom, and where the top's begin.
+    size: usize,
+    /// Bytes at the bottom that stay.
+    floor: usize,
+    /// The part that is being filled: its number, and where its room begins and ends.
+    part: usize,
     low: usize,
     high: usize,
 }
@@ -27,25 +35,26 @@ pub(super) struct CodeMemory {
 unsafe impl Send for CodeMemory {}
 
 impl CodeMemory {
-    pub(super) fn new() -> io::Result<Self> {
-        Self::both().or_else(|_| Self::split())
+    /// Of `size` bytes, which parts of whole pages have.
+    pub(super) fn new(size: usize) -> io::Result<Self> {
+        Self::both(size).or_else(|_| Self::split(size))
     }
 
     /// One mapping, of large pages if the host has them: code is spread over so much of it that small pages cost dearly.
-    fn both() -> io::Result<Self> {
-        let len = SIZE + LARGE;
+    fn both(size: usize) -> io::Result<Self> {
+        let len = size + LARGE;
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
         let at = map(len, libc::PROT_READ | libc::PROT_WRITE | libc::PROT_EXEC, flags, -1)?;
         let skip = at.as_ptr().align_offset(LARGE);
         // SAFETY: within the mapping, which is longer by as much.
         let aligned = unsafe { at.add(skip.min(LARGE)) };
         // SAFETY: advice on our own mapping; refused, it costs nothing but speed.
-        unsafe { libc::madvise(aligned.as_ptr().cast(), SIZE, libc::MADV_HUGEPAGE) };
-        Ok(Self { writable: aligned, executable: aligned, mapped: vec![(at, len)], low: 0, high: SIZE })
+        unsafe { libc::madvise(aligned.as_ptr().cast(), size, libc::MADV_HUGEPAGE) };
+        Ok(Self::of(aligned, aligned, size, vec![(at, len)]))
     }
 
     /// Two views of one memfd.
-    fn split() -> io::Result<Self> {
+    fn split(size: usize) -> io::Result<Self> {
         // SAFETY: a plain system call; the name is a C string.
         let fd = unsafe { libc::memfd_create(c"skep-jit".as_ptr(), libc::MFD_CLOEXEC) };
         if fd < 0 {
@@ -54,20 +63,33 @@ impl CodeMemory {
         // SAFETY: the descriptor was made just now.
         let fd = unsafe { OwnedFd::from_raw_fd(fd) };
         // SAFETY: a plain system call.
-        if unsafe { libc::ftruncate(fd.as_raw_fd(), SIZE as libc::off_t) } != 0 {
+        if unsafe { libc::ftruncate(fd.as_raw_fd(), size as libc::off_t) } != 0 {
             return Err(io::Error::last_os_error());
         }
-        let writable = map(SIZE, libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED, fd.as_raw_fd())?;
-        let mut memory =
-            Self { writable, executable: writable, mapped: vec![(writable, SIZE)], low: 0, high: SIZE };
-        memory.executable = map(SIZE, libc::PROT_READ | libc::PROT_EXEC, libc::MAP_SHARED, fd.as_raw_fd())?;
-        memory.mapped.push((memory.executable, SIZE));
+        let writable = map(size, libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED, fd.as_raw_fd())?;
+        let mut memory = Self::of(writable, writable, size, vec![(writable, size)]);
+        memory.executable = map(size, libc::PROT_READ | libc::PROT_EXEC, libc::MAP_SHARED, fd.as_raw_fd())?;
+        memory.mapped.push((memory.executable, size));
         Ok(memory)
+    }
+
+    fn of(
+        writable: NonNull<u8>,
+        executable: NonNull<u8>,
+        size: usize,
+        mapped: Vec<(NonNull<u8>, usize)>,
+    ) -> Self {
+        Self { writable, executable, mapped, size, floor: 0, part: 0, low: 0, high: size / PARTS }
     }
 
     /// Keeps bytes at the bottom for data; to be called before anything is added.
     pub(super) fn reserve(&mut self, len: usize) {
-        self.low = len.min(SIZE);
+        self.low = len.min(self.high);
+    }
+
+    /// What was added so far stays.
+    pub(super) fn keep(&mut self) {
+        self.floor = self.low;
     }
 
     /// Where data at an offset is read by code.
@@ -77,7 +99,7 @@ impl CodeMemory {
 
     /// Writes a word of data.
     pub(super) fn set_data(&mut self, offset: usize, value: u64) {
-        if offset + 8 <= self.low {
+        if offset + 8 <= self.floor {
             // SAFETY: within the mapping by the check; only the thread that runs the code writes.
             unsafe { self.writable.as_ptr().add(offset).cast::<u64>().write_unaligned(value) };
         }
@@ -93,14 +115,26 @@ impl CodeMemory {
         self.executable.as_ptr() as u64 + self.high.saturating_sub(len) as u64
     }
 
-    /// Bytes left.
+    /// Bytes left in the part that is being filled.
     pub(super) fn room(&self) -> usize {
         self.high - self.low
     }
 
-    /// Bytes used at the bottom.
-    pub(super) fn used(&self) -> usize {
-        self.low
+    /// The part that is being filled.
+    pub(super) fn part(&self) -> usize {
+        self.part
+    }
+
+    /// Where the part that is being filled lies.
+    pub(super) fn range(&self) -> Range<u64> {
+        let len = (self.size / PARTS) as u64;
+        let begin = self.executable.as_ptr() as u64 + self.part as u64 * len;
+        begin..begin + len
+    }
+
+    /// Which part holds the code at an address.
+    pub(super) fn part_of(&self, address: u64) -> usize {
+        address.wrapping_sub(self.executable.as_ptr() as u64) as usize / (self.size / PARTS)
     }
 
     /// Adds code that was made for [`CodeMemory::next`], and what was made for [`CodeMemory::next_aside`]. False: no room.
@@ -119,16 +153,27 @@ impl CodeMemory {
         true
     }
 
-    /// Drops all but the first `keep` bytes.
-    pub(super) fn truncate(&mut self, keep: usize) {
-        self.low = keep.min(self.low);
-        self.high = SIZE;
+    /// Goes on to the next part, which is empty from now on.
+    pub(super) fn go_on(&mut self) {
+        self.fill((self.part + 1) % PARTS);
+    }
+
+    /// Drops all but what stays.
+    pub(super) fn empty(&mut self) {
+        self.fill(0);
+    }
+
+    fn fill(&mut self, part: usize) {
+        let len = self.size / PARTS;
+        self.part = part;
+        self.low = if part == 0 { self.floor } else { part * len };
+        self.high = (part + 1) * len;
     }
 
     /// Changes the displacement of a jump, which ends at `end`, to lead to `target`. Only the thread that runs the code may.
     pub(super) fn link(&mut self, end: u64, target: u64) {
         let offset = end.wrapping_sub(self.executable.as_ptr() as u64) as usize;
-        if !(4..=SIZE).contains(&offset) {
+        if !(4..=self.size).contains(&offset) {
             return;
         }
         let distance = target.wrapping_sub(end) as u32;
@@ -156,9 +201,11 @@ fn map(len: usize, protection: libc::c_int, flags: libc::c_int, fd: libc::c_int)
 mod tests {
     use super::*;
 
+    const SMALL: usize = 1 << 20;
+
     #[test]
     fn code_runs_in_either_kind_of_memory() {
-        for memory in [CodeMemory::both(), CodeMemory::split()] {
+        for memory in [CodeMemory::both(SMALL), CodeMemory::split(SMALL)] {
             let mut memory = memory.unwrap();
             // mov eax, edi; add eax, 1; jmp to what lies aside: ret
             let aside = memory.next_aside(1);
@@ -169,10 +216,30 @@ mod tests {
             // SAFETY: the code above is such a function.
             let f: extern "sysv64" fn(u32) -> u32 = unsafe { std::mem::transmute(at as *const ()) };
             assert_eq!(f(41), 42);
-            code.resize(SIZE, 0);
+            code.resize(SMALL / PARTS, 0);
             assert!(!memory.add(&code, &[]));
-            memory.truncate(0);
-            assert_eq!((memory.used(), memory.room()), (0, SIZE));
+            memory.empty();
+            assert_eq!(memory.room(), SMALL / PARTS);
         }
+    }
+
+    #[test]
+    fn parts_are_filled_in_turn_and_the_first_keeps_what_stays() {
+        let mut memory = CodeMemory::new(SMALL).unwrap();
+        memory.reserve(4096);
+        assert!(memory.add(&[0xc3; 100], &[]));
+        memory.keep();
+        let first = memory.next();
+        for turn in 0..2 * PARTS {
+            let part = turn % PARTS;
+            assert_eq!((memory.part(), memory.part_of(memory.next())), (part, part));
+            let room = SMALL / PARTS - if part == 0 { 4096 + 112 } else { 0 };
+            assert_eq!(memory.room(), room);
+            assert!(memory.add(&vec![0xc3; room - 64], &[0xcc; 32]), "{turn}");
+            assert_eq!(memory.part_of(memory.next_aside(0)), part);
+            assert!(!memory.add(&[0xc3; 32], &[]), "{turn}");
+            memory.go_on();
+        }
+        assert_eq!(memory.next(), first);
     }
 }

@@ -8,7 +8,7 @@
 //! * [`small`] is what differs for 32-bit code;
 //! * [`glue`] is the code between translated code and Rust, with the [`vectors`] and the [`x87`] state that it moves, [`help`] the Rust
 //!   that it calls;
-//! * [`memory`] is where the code lies;
+//! * [`memory`] is where the code lies, [`evict`] how the oldest of it makes room for new;
 //! * [`lockstep`] compares all of this with the interpreter.
 //!
 //! A block is known by its guest physical address and by what else decides its meaning ([`Key`]); it names addresses relative
@@ -23,6 +23,7 @@ mod access;
 mod asm;
 mod dump;
 mod encode;
+mod evict;
 mod flags;
 mod flow;
 mod glue;
@@ -40,17 +41,18 @@ mod translate;
 mod vectors;
 mod x87;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::hash::BuildHasherDefault;
 use std::io;
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use evict::{Evicted, Links};
 use glue::Glue;
 pub(crate) use lockstep::Lockstep;
 use memory::CodeMemory;
 use skep_memory::GuestMemory;
 use table::Table;
-use translate::{Entry, Link, MAX_INSTRUCTIONS};
+use translate::{Entry, MAX_INSTRUCTIONS};
 
 use crate::block::Mix;
 use crate::cpu::Cpu;
@@ -65,8 +67,8 @@ const JUMP_SHIFT: u32 = 12;
 const RESERVE: usize = 64 << 10;
 /// Bytes of code that are read at first: few blocks have more.
 const ENOUGH_BYTES: usize = 192;
-/// Pages whose code others may lead to directly, before all code is dropped.
-const RECORDS: usize = 16 << 10;
+/// Bytes of code for each page whose code others may lead to directly.
+const CODE_PER_RECORD: usize = 8 << 10;
 /// No link.
 const NO_LINK: u32 = u32::MAX;
 
@@ -220,16 +222,8 @@ struct Jump {
 
 const NO_JUMP: Jump = Jump { linear: 0, stamp: u64::MAX, code: 0, unused: 0 };
 
-/// A jump in a block that may be made to lead to its target.
-#[derive(Clone, Copy)]
-struct OpenLink {
-    link: Link,
-    /// Guest physical address and key of the target.
-    target: u64,
-}
-
 /// Operations that code points to: they must not move.
-type Ops = Vec<Box<Op>>;
+type Ops = VecDeque<Box<Op>>;
 
 /// Offsets of a page at which blocks may begin: few of those that are asked for are.
 struct Begins(Box<[u64; PAGE as usize / 64]>);
@@ -256,6 +250,8 @@ struct PageCode {
     begins: Begins,
     /// Number of its record: where it was last found to be mapped ([`Jit::record`]).
     record: Option<usize>,
+    /// The parts of the code memory that hold any of it, by bit.
+    parts: u8,
 }
 
 impl PageCode {
@@ -269,8 +265,6 @@ impl PageCode {
 pub(crate) struct Jit {
     memory: CodeMemory,
     glue: Glue,
-    /// Where the glue ends and blocks begin.
-    floor: usize,
     table: Table,
     jumps: Box<[Jump]>,
     blocks: HashMap<u64, Entry, BuildHasherDefault<Mix>>,
@@ -280,10 +274,8 @@ pub(crate) struct Jit {
     straddling: HashMap<u64, HashMap<u64, u64>, BuildHasherDefault<Mix>>,
     /// Entries of blocks for jumps from other pages.
     foreign: HashMap<u64, u64, BuildHasherDefault<Mix>>,
-    /// Records given out.
-    records: usize,
-    links: Vec<OpenLink>,
-    ops: Ops,
+    links: Links,
+    evicted: Evicted,
     /// Nowhere while something is translated.
     room: Option<Box<translate::Room>>,
     /// Jumps may lead to other blocks at once.
@@ -308,8 +300,14 @@ enum Found {
 
 impl Jit {
     pub(crate) fn new() -> io::Result<Self> {
-        let mut memory = CodeMemory::new()?;
-        memory.reserve(16 * RECORDS);
+        Self::within(memory::SIZE)
+    }
+
+    /// With so many bytes for code.
+    fn within(size: usize) -> io::Result<Self> {
+        let mut memory = CodeMemory::new(size)?;
+        let records = size / CODE_PER_RECORD;
+        memory.reserve(16 * records);
         let mut asm = asm::Asm::new(memory.next());
         let widest = match () {
             () if std::arch::is_x86_feature_detected!("avx512bw") => glue::Widest::Zmm,
@@ -320,20 +318,18 @@ impl Jit {
         if !memory.add(&asm.code, &[]) {
             return Err(io::ErrorKind::OutOfMemory.into());
         }
-        let floor = memory.used();
+        memory.keep();
         Ok(Self {
             memory,
             glue,
-            floor,
             table: Table::new(),
             jumps: vec![NO_JUMP; JUMPS].into_boxed_slice(),
             blocks: HashMap::default(),
             pages: HashMap::default(),
             straddling: HashMap::default(),
             foreign: HashMap::default(),
-            records: 0,
-            links: Vec::new(),
-            ops: Vec::new(),
+            links: Links::default(),
+            evicted: Evicted::new(records),
             room: None,
             chain: true,
             extends: true,
@@ -359,15 +355,14 @@ impl Jit {
 
     /// Drops all code.
     pub(crate) fn clear(&mut self) {
-        self.memory.truncate(self.floor);
+        self.memory.empty();
         self.jumps.fill(NO_JUMP);
         self.blocks.clear();
         self.pages.clear();
         self.straddling.clear();
         self.foreign.clear();
-        self.records = 0;
-        self.links.clear();
-        self.ops.clear();
+        self.links = Links::default();
+        self.evicted.clear();
     }
 
     fn slot(linear: u64) -> usize {
@@ -384,6 +379,7 @@ impl Jit {
             }
             if let Some(record) = code.record {
                 self.memory.set_data(16 * record + 8, u64::MAX);
+                self.evicted.retire(record, code.parts);
             }
         }
     }
@@ -391,9 +387,8 @@ impl Jit {
     /// Notes that a page is mapped at `linear` under a stamp.
     fn record(&mut self, page: usize, linear: u64, stamp: u64) {
         let Some(code) = self.pages.get_mut(&page) else { return };
-        if code.record.is_none() && self.records < RECORDS {
-            code.record = Some(self.records);
-            self.records += 1;
+        if code.record.is_none() {
+            code.record = self.evicted.record();
         }
         if let Some(record) = code.record {
             self.memory.set_data(16 * record, linear & !(PAGE - 1));
@@ -407,10 +402,12 @@ impl Jit {
         if let Some(&code) = self.foreign.get(&id) {
             return code;
         }
-        let record = self.pages.get(&page).and_then(|code| code.record);
-        let (Some(record), false) = (record, self.straddling.contains_key(&id)) else {
+        let part = self.memory.part();
+        let (Some(code), false) = (self.pages.get_mut(&page), self.straddling.contains_key(&id)) else {
             return self.glue.dispatch_at_once;
         };
+        let Some(record) = code.record else { return self.glue.dispatch_at_once };
+        code.parts |= 1 << part;
         let mut a = asm::Asm::new(self.memory.next());
         let at = a.here();
         a.mov(asm::R9, asm::R8);
@@ -440,17 +437,15 @@ impl Jit {
 
     /// Remembers that a block lies on a page.
     fn keep(&mut self, id: u64, page: usize, version: u32) {
-        if let Some(code) = self.pages.get_mut(&page)
-            && code.version == version
-        {
-            code.add(id);
-            return;
+        if self.pages.get(&page).is_none_or(|code| code.version != version) {
+            // What was made of it before it changed.
+            self.drop_page(page);
         }
-        // What was made of it before it changed.
-        self.drop_page(page);
-        let mut code = PageCode { version, blocks: Vec::new(), begins: Begins::none(), record: None };
+        let none =
+            || PageCode { version, blocks: Vec::new(), begins: Begins::none(), record: None, parts: 0 };
+        let code = self.pages.entry(page).or_insert_with(none);
         code.add(id);
-        self.pages.insert(page, code);
+        code.parts |= 1 << self.memory.part();
     }
 
     /// Code that goes on at an offset of the running page through the jump cache.

@@ -5,10 +5,9 @@ use std::arch::asm;
 use std::cell::Cell;
 use std::sync::atomic::Ordering;
 
+use super::evict::OpenLink;
 use super::translate::{self, Request, Source};
-use super::{
-    ENOUGH_BYTES, Found, Jit, Jump, Key, NO_LINK, OpenLink, Ops, Origin, PAGE, RESERVE, dump, table,
-};
+use super::{ENOUGH_BYTES, Found, Jit, Jump, Key, NO_LINK, Ops, Origin, PAGE, RESERVE, dump, table};
 use crate::cpu::{CodeSize, Cpu, cr0, cr4};
 use crate::fault::Exec;
 use crate::native::component;
@@ -141,11 +140,14 @@ impl Cpu {
         // The link that was left by, if nothing has come between: an interrupt, say.
         if jit.chain
             && self.left_for == (linear, stamp)
-            && let (Some(&open), Some(&entry)) = (jit.links.get(link as usize), jit.blocks.get(&id))
+            && let (Some(&open), Some(&entry)) = (jit.links.get(link), jit.blocks.get(&id))
         {
             if open.link.far {
                 let to = jit.foreign(id, entry, page.index);
                 jit.memory.link(open.link.end, to);
+                if to != jit.glue.dispatch_at_once {
+                    jit.evicted.note_far(open.link.end, to);
+                }
             } else if open.target == id {
                 let to = if open.link.in_host { entry.from_host } else { entry.from_memory };
                 jit.memory.link(open.link.end, to);
@@ -178,9 +180,8 @@ impl Cpu {
             self.forget_blocks();
         }
         if jit.memory.room() < RESERVE {
-            jit.clear();
-            self.forget_blocks();
-            self.stats.translations.flushes += 1;
+            self.forget_blocks_in(jit.evict());
+            self.stats.translations.evictions += 1;
         }
         let at = (linear % PAGE) as u16;
         let prefix = id & !((PAGE << Key::BITS) - 1) | u64::from(key.0);
@@ -236,7 +237,7 @@ impl Cpu {
             if again[..len] != bytes[begin..begin + len] {
                 continue;
             }
-            let ops = self.operations(&mut jit.ops, bytes, insns);
+            let ops = self.operations(&mut jit.evicted.ops, bytes, insns);
             let stale = Cell::new(false);
             // What is read is watched from before.
             let read = |at: usize, into: &mut [u8]| {
@@ -248,7 +249,7 @@ impl Cpu {
                 page: bytes,
                 key,
                 glue: jit.glue,
-                first_link: jit.links.len(),
+                first_link: jit.links.next(),
                 known: &known,
                 cpuid: &self.shared.cpuid,
                 chain: jit.chain,
@@ -315,7 +316,7 @@ impl Cpu {
                 }
                 let op = Box::new(self.operation(&d.insn, &page[d.at as usize..], d.at as usize));
                 let at: *const Op = &raw const *op;
-                ops.push(op);
+                ops.push_back(op);
                 Some(at)
             })
             .collect()

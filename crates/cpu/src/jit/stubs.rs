@@ -20,7 +20,7 @@ pub(super) enum Stub {
     /// Run the handler instead.
     Handler { from: Vec<Forward>, op: u64, resume: usize },
     /// Leave, to be taken to the target of a link.
-    Link { from: Forward, number: usize, target: u16, save_flags: bool },
+    Link { from: Forward, number: u32, target: u16, save_flags: bool },
     /// A jump to another page.
     Far { from: Forward, target: i64, save_flags: bool },
     /// Something wants attention.
@@ -119,7 +119,7 @@ impl Translator<'_> {
                     }
                     a.load(R8, BASE);
                     a.lea(R8, Mem::At(R8, i32::from(target)));
-                    a.mov_imm32(R9, number as u32);
+                    a.mov_imm32(R9, number);
                     a.jmp(glue.leave_to_link);
                 }
                 Stub::Far { from, target, save_flags } => {
@@ -130,7 +130,7 @@ impl Translator<'_> {
                     a.load(R8, BASE);
                     a.add_target_to_r8(target, self.request.key.small());
                     if self.request.chain {
-                        a.mov_imm32(R9, (self.request.first_link + self.links.len()) as u32);
+                        a.mov_imm32(R9, self.request.first_link + self.links.len() as u32);
                         a.jmp(glue.leave_to_link);
                         let target = (target & 0xfff) as u16;
                         self.links.push(Link { end: a.here(), target, in_host: false, far: true });

@@ -194,7 +194,7 @@ pub(super) struct Request<'a> {
     pub(super) key: Key,
     pub(super) glue: Glue,
     /// Number of the first link that will be made.
-    pub(super) first_link: usize,
+    pub(super) first_link: u32,
     /// Blocks on this page.
     pub(super) known: &'a dyn Fn(u16) -> Option<Entry>,
     pub(super) cpuid: &'a CpuidTable,
