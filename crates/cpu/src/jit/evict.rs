@@ -182,17 +182,19 @@ mod tests {
         [&[opcode][..], &distance.to_le_bytes()].concat()
     }
 
-    /// Pages that add their numbers to RAX and each call a function on another page, which counts in RBX; round and round,
-    /// as often as RCX says.
+    /// Pages that add their numbers to RAX and each call a function on another page, which counts in RBX and calls one that counts
+    /// in RSI; round and round, as often as RCX says. Now and then a function is called for the first time: it leads to older code,
+    /// and outlives it.
     fn program() -> Vec<u8> {
         let mut all = Vec::new();
+        let last = AT + 4096 * PAGES;
         for page in 0..PAGES {
             let begin = AT + 4096 * page;
             let mut code = Vec::new();
             for _ in 0..ADDITIONS {
                 code.extend([&[0x48, 5][..], &(page as u32).to_le_bytes()].concat()); // add rax, page
             }
-            let function = AT + 4096 * (page * 7 % PAGES) + 0x800;
+            let function = last + 4096 * (1 + page * 7919 % (page / 100 + 1));
             code.extend(near(0xe8, begin + code.len() as u64, function));
             if page + 1 == PAGES {
                 let back = AT.wrapping_sub(begin + code.len() as u64 + 9) as u32;
@@ -202,8 +204,16 @@ mod tests {
             } else {
                 code.extend(near(0xe9, begin + code.len() as u64, begin + 4096));
             }
-            code.resize(0x800, 0xcc);
-            code.extend([0x48, 0xff, 0xc3, 0xc3]); // inc rbx; ret
+            code.resize(4096, 0xcc);
+            all.extend(code);
+        }
+        for function in 0..=PAGES / 100 {
+            let mut code = vec![0x48, 0xff, 0xc6]; // inc rsi
+            if function > 0 {
+                code = near(0xe8, last + 4096 * function, last);
+                code.extend([0x48, 0xff, 0xc3]); // inc rbx
+            }
+            code.push(0xc3); // ret
             code.resize(4096, 0xcc);
             all.extend(code);
         }
@@ -224,7 +234,7 @@ mod tests {
             cpu.execute_translated();
         }
         assert_eq!(cpu.regs.gpr(0), PASSES * ADDITIONS * PAGES * (PAGES - 1) / 2);
-        assert_eq!((cpu.regs.gpr(1), cpu.regs.gpr(3)), (0, PASSES * PAGES));
+        assert_eq!([1, 3, 6].map(|n| cpu.regs.gpr(n)), [0, PASSES * PAGES, PASSES * PAGES]);
         let evictions = cpu.stats.translations.evictions;
         assert!(evictions > 2 * PARTS as u64, "{evictions} evictions");
         let jit = cpu.jit.as_ref().expect("a translator");
