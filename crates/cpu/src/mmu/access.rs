@@ -159,6 +159,12 @@ impl Cpu {
         if self.cr4 & cr4::SMAP != 0 { Context::Kernel } else { Context::KernelAll }
     }
 
+    /// What lies in a stretch, without a walk, and without any trace of having been read.
+    pub(crate) fn peek_in_stretch(&self, linear: u64) -> Option<u64> {
+        // SAFETY: all of a stretch is mapped memory, and what is seen of it ends well before it does.
+        self.tlb.read_in_stretch(linear).map(|at| unsafe { u64::load(at) })
+    }
+
     /// Reads any number of bytes at the current privilege. Nothing has been read from devices if it faults.
     pub(crate) fn read_bytes(&mut self, linear: u64, into: &mut [u8]) -> Exec {
         let context = self.tlb.context();
@@ -305,7 +311,20 @@ impl Cpu {
             || self.jit.is_some() && self.memory.epoch() != self.code_epoch;
         let free = writable && page.writable && !watched && (!logged || access == Access::Write);
         self.tlb.fill(context, linear, Found { gpa, page, free, shift }, global);
+        // Where a large page is, there are others.
+        if global && shift > 12 && access == Access::Read && self.jit.is_some() {
+            self.find_stretch(linear);
+        }
         Ok(Place::Memory { page, gpa: gpa | linear % PAGE })
+    }
+
+    /// Remembers what lies around a large page in one piece with it, if that is not known.
+    fn find_stretch(&mut self, linear: u64) {
+        if self.tlb.stretch(linear).is_none()
+            && let Some(stretch) = self.stretch_around(linear)
+        {
+            self.tlb.put_stretch(stretch);
+        }
     }
 
     /// An access leads to a device, which lockstep does not repeat.
