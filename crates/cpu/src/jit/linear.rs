@@ -65,15 +65,47 @@ impl Sight<'_> {
         Some(offset.wrapping_add(index).wrapping_add(segment))
     }
 
-    /// What an instruction puts into its first operand.
+    /// What an operand is, extended with zeros, and its size.
+    fn operand(&self, insn: &Instruction, i: u32) -> Option<(u64, usize)> {
+        let (value, size) = match insn.op_kind(i) {
+            OpKind::Register => {
+                (self.registers[usize::from(operand_number(insn, i)?)]?, insn.op_register(i).size())
+            }
+            OpKind::Memory => {
+                let size = insn.memory_size().size();
+                (self.cpu.glimpse(self.address(insn)?, size)?, size)
+            }
+            _ => (insn.try_immediate(i).ok()?, 8),
+        };
+        Some((value & u64::MAX >> (64 - 8 * size.clamp(1, 8)), size))
+    }
+
+    /// What an instruction puts into its first operand, if it is one of those that addresses are made by.
     fn result(&self, insn: &Instruction) -> Option<u64> {
-        match (insn.mnemonic(), insn.op1_kind()) {
-            _ if insn.op0_register().size() != 8 => None,
-            (Mnemonic::Lea, _) => self.address(insn),
-            (Mnemonic::Mov, OpKind::Memory) => self.cpu.peek_in_stretch(self.address(insn)?),
-            (Mnemonic::Mov, OpKind::Register) => self.registers[usize::from(operand_number(insn, 1)?)],
-            // Where it points to now is near where it pointed to before.
-            _ if steps(insn) => self.registers[usize::from(operand_number(insn, 0)?)],
+        use Mnemonic as M;
+        let first = || self.operand(insn, 0).map(|o| o.0);
+        let second = || self.operand(insn, 1).map(|o| o.0);
+        let result = match insn.mnemonic() {
+            M::Lea => self.address(insn),
+            M::Mov | M::Movzx => second(),
+            M::Movsx | M::Movsxd => self.operand(insn, 1).map(|(value, size)| {
+                let unused = 64 - 8 * size.clamp(1, 8);
+                ((value << unused) as i64 >> unused) as u64
+            }),
+            M::Xor if insn.op0_register() == insn.op1_register() => Some(0),
+            M::Add => Some(first()?.wrapping_add(second()?)),
+            M::Sub => Some(first()?.wrapping_sub(second()?)),
+            M::And => Some(first()? & second()?),
+            M::Or => Some(first()? | second()?),
+            M::Shl => Some(first()? << (second()? & 63)),
+            M::Shr => Some(first()? >> (second()? & 63)),
+            M::Inc => Some(first()?.wrapping_add(1)),
+            M::Dec => Some(first()?.wrapping_sub(1)),
+            _ => None,
+        };
+        match insn.op0_register().size() {
+            8 => result,
+            4 => result.map(|value| value & u64::from(u32::MAX)),
             _ => None,
         }
     }
@@ -95,10 +127,6 @@ impl Sight<'_> {
             self.registers[usize::from(n)] = result;
         }
     }
-}
-
-fn steps(insn: &Instruction) -> bool {
-    matches!(insn.mnemonic(), Mnemonic::Add | Mnemonic::Sub | Mnemonic::Inc | Mnemonic::Dec)
 }
 
 /// Looks for reads of stretches.

@@ -171,3 +171,22 @@ fn a_read_elsewhere_than_in_the_stretch_is_right_too() {
     assert_eq!(run(&mut cpu, end - 24, 8), [7, 8, 8, 9]);
     assert_eq!(run(&mut cpu, DIRECT, end - 16 - DIRECT), [0x55, 0, 8, 9]);
 }
+
+/// MOV RAX, [RDI]; MOVZX ECX, BYTE [RDI+8]; AND ECX, 3; SHL RCX, 2; SUB RAX, RCX; MOV RDX, [RAX+RCX*2+8]; NOP; a jump to itself.
+const CHASE: [u8; 27] = [
+    0x48, 0x8b, 0x07, 0x0f, 0xb6, 0x4f, 0x08, 0x83, 0xe1, 0x03, 0x48, 0xc1, 0xe1, 0x02, 0x48, 0x29, 0xc8,
+    0x48, 0x8b, 0x54, 0x48, 0x08, 0x90, 0x90, 0x90, 0xeb, 0xe5,
+];
+
+#[test]
+fn what_registers_will_point_to_is_foreseen() {
+    let mut cpu = numbered();
+    cpu.memory.write(CODE, &CHASE).unwrap();
+    cpu.memory.write_u64(0x12_3450, within(5)).unwrap();
+    cpu.memory.write_u64(0x12_3458, 0xf2).unwrap();
+    cpu.read::<u64>(within(3)).unwrap();
+    map(&cpu, 5, 0);
+    let [rax, rcx, rdx, _] = run(&mut cpu, within(0), 0);
+    // That page was never walked to, and cannot be any more.
+    assert_eq!((rax, rcx, rdx), (within(5) - 8, 8, 0x502));
+}
