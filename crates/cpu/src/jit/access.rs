@@ -84,12 +84,14 @@ pub(super) struct Address {
     disp: i32,
     /// The guest's base and index registers and segment.
     names: [Register; 3],
+    /// By how much the index is multiplied.
+    factor: u32,
 }
 
 impl Address {
     fn of(insn: &Instruction) -> Option<Self> {
-        let names = names(insn);
-        let mut all = Self { base: None, index: None, scaled: None, added: None, disp: 0, names };
+        let (names, factor) = (names(insn), insn.memory_index_scale());
+        let mut all = Self { base: None, index: None, scaled: None, added: None, disp: 0, names, factor };
         let mut base_field = None;
         match insn.memory_base() {
             Register::RIP => {
@@ -104,7 +106,7 @@ impl Address {
                 }
             }
         }
-        let scale = insn.memory_index_scale().trailing_zeros() as u8;
+        let scale = factor.trailing_zeros() as u8;
         match number(insn.memory_index()) {
             Some(n) if is_homed(n) => all.scaled = Some((home(n), scale)),
             n => all.index = n.map(|n| (host(n), scale)),
@@ -126,7 +128,7 @@ impl Address {
     /// A guest's register and a displacement.
     fn based(name: Register, base: u8, disp: i32) -> Self {
         let names = [name, Register::None, Register::None];
-        Self { base: Some(base), index: None, scaled: None, added: None, disp, names }
+        Self { base: Some(base), index: None, scaled: None, added: None, disp, names, factor: 1 }
     }
 
     /// What RBP points to.
@@ -181,6 +183,7 @@ impl Address {
 pub(super) struct Window {
     /// By what it was addressed.
     names: [Register; 3],
+    factor: u32,
     disp: i32,
     known: Known,
 }
@@ -199,14 +202,20 @@ enum Known {
 const NEAR: u32 = 2048;
 
 impl Window {
+    fn new(address: Address, known: Known) -> Self {
+        let Address { names, factor, disp, .. } = address;
+        Self { names, factor, disp, known }
+    }
+
     fn likely(&self, address: &Address, write: bool) -> bool {
         self.names == address.names
+            && self.factor == address.factor
             && self.disp.abs_diff(address.disp) < NEAR
             && (self.known == Known::WritablePage || !write)
     }
 
     pub(super) fn stretch(address: Address) -> Self {
-        Self { names: address.names, disp: address.disp, known: Known::Stretch }
+        Self::new(address, Known::Stretch)
     }
 
     pub(super) fn is_stretch(&self) -> bool {
@@ -435,7 +444,7 @@ impl Translator<'_> {
         }
         self.miss([Some(from), None], Place::Sum(address), wanted, Find::LookUp);
         let known = if write { Known::WritablePage } else { Known::Page };
-        self.window = Some(Window { names: address.names, disp: address.disp, known });
+        self.window = Some(Window::new(address, known));
     }
 
     /// Looks whether the address lies in the page that is known. No address may pass where R9 is -1, not even one at the end of

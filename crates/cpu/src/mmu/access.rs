@@ -161,14 +161,14 @@ impl Cpu {
 
     /// What lies at an address, if that is known without a walk, and without any trace of having been read.
     pub(crate) fn glimpse(&self, linear: u64, size: usize) -> Option<u64> {
-        let at = self.tlb.read_in_stretch(linear).or_else(|| self.tlb.read(linear, size as u64))?;
+        let at = || self.tlb.read_in_stretch(linear).or_else(|| self.tlb.read(linear, size as u64));
         // SAFETY: as in `read`; and all of a stretch is mapped memory, of which what is seen ends well before it does.
         unsafe {
             match size {
-                1 => Some(u8::load(at).into()),
-                2 => Some(u16::load(at).into()),
-                4 => Some(u32::load(at).into()),
-                8 => Some(u64::load(at)),
+                1 => Some(u8::load(at()?).into()),
+                2 => Some(u16::load(at()?).into()),
+                4 => Some(u32::load(at()?).into()),
+                8 => Some(u64::load(at()?)),
                 _ => None,
             }
         }
