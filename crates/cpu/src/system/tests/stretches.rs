@@ -191,25 +191,36 @@ fn what_registers_will_point_to_is_foreseen() {
     assert_eq!((rax, rcx, rdx), (within(5) - 8, 8, 0x502));
 }
 
-/// MOV RAX, [RDI+RBX]; MOV RCX, [RDI+RBX*8]; LEA RDI, [RDI+RBX]; MOV RBP, [RDI+RBX]; MOV EAX, EAX; MUL RCX; MOV RSI, [RAX+8];
-/// MOV RSI, [RAX]; NOP; a jump to itself.
-const CHANGES: [u8; 31] = [
-    0x48, 0x8b, 0x04, 0x1f, 0x48, 0x8b, 0x0c, 0xdf, 0x48, 0x8d, 0x3c, 0x1f, 0x48, 0x8b, 0x2c, 0x1f, 0x89,
-    0xc0, 0x48, 0xf7, 0xe1, 0x48, 0x8b, 0x70, 0x08, 0x48, 0x8b, 0x30, 0x90, 0xeb, 0xe1,
+#[test]
+fn nothing_is_known_of_an_address_with_another_scale() {
+    let mut cpu = numbered();
+    // MOV RAX, [RDI+RBX]; MOV RCX, [RDI+RBX*8]; a jump to itself.
+    cpu.memory.write(CODE, &[0x48, 0x8b, 0x04, 0x1f, 0x48, 0x8b, 0x0c, 0xdf, 0xeb, 0xf6]).unwrap();
+    cpu.read::<u64>(within(3)).unwrap();
+    assert_eq!(run(&mut cpu, within(6), 8)[..2], [0x601, 0x608]);
+    // The first read is in the stretch again, the second is where nothing is.
+    assert_eq!(run(&mut cpu, within(2) - DIRECT, DIRECT)[0], 0x200);
+    assert_eq!((cpu.rip, cpu.cr2), (CODE + 4, within(2) + 7 * DIRECT));
+}
+
+/// MOV RAX, [RDI]; LEA RDI, [RDI+RBX*8]; MOV RCX, [RDI]; MOV RAX, RBP; MOV RSI, [RAX]; MUL RBX; MOV RDX, [RAX+8]; a jump to itself.
+const CHANGES: [u8; 25] = [
+    0x48, 0x8b, 0x07, 0x48, 0x8d, 0x3c, 0xdf, 0x48, 0x8b, 0x0f, 0x48, 0x89, 0xe8, 0x48, 0x8b, 0x30, 0x48,
+    0xf7, 0xe3, 0x48, 0x8b, 0x50, 0x08, 0xeb, 0xe7,
 ];
 
 #[test]
-fn what_is_known_of_an_address_goes_when_the_address_changes() {
+fn nothing_is_known_of_an_address_whose_registers_have_changed() {
     let mut cpu = numbered();
     cpu.memory.write(CODE, &CHANGES).unwrap();
     cpu.read::<u64>(within(3)).unwrap();
-    for (at, value) in [(within(6) + 16, 1), (within(6) + 128, within(5)), (within(6) + 32, 7)] {
-        cpu.memory.write_u64(at - DIRECT, value).unwrap();
-    }
-    assert_eq!(run(&mut cpu, within(6), 16), [within(5), within(5), 0, 0x500]);
-    assert_eq!(cpu.regs.r64(at::RBP), 7);
-    // The first read is in the stretch again, the second is where nothing is.
-    let rax = run(&mut cpu, within(2) - DIRECT, DIRECT)[0];
-    assert_eq!(rax, 0x200);
-    assert_eq!((cpu.rip, cpu.cr2), (CODE + 4, within(2) + 7 * DIRECT));
+    cpu.regs.set64(at::RBP, within(5));
+    assert_eq!(run(&mut cpu, within(6), 1), [within(5), 0x601, 0x501, 0x500]);
+    // By MUL.
+    let [_, rcx, _, rsi] = run(&mut cpu, within(6), 2);
+    assert_eq!((rcx, rsi), (0x602, 0x500));
+    assert_eq!((cpu.rip, cpu.cr2), (CODE + 19, 2 * within(5) + 8));
+    // By LEA.
+    let away = (within(0) - DIRECT + 24).wrapping_sub(within(6)) as i64 / 8;
+    assert_eq!(run(&mut cpu, within(6), away as u64)[1], 3);
 }
