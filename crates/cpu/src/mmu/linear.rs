@@ -8,11 +8,11 @@
 //! A stretch is a translation like others, though of many pages at once: it goes when any of them is to be forgotten.
 
 /// Stretches that are known at once.
-pub(crate) const STRETCHES: usize = 4;
+pub(super) const STRETCHES: usize = 4;
 /// What generated code does not see at both ends of a stretch: so much around an address that it has found there is in it too.
 const MARGIN: u64 = 4096;
 
-/// Global translations of one supervisor's range, all of which may be read: from the first address to the last page's end.
+/// Global translations of a range that a supervisor may read, the end not included.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Stretch {
     pub(crate) from: u64,
@@ -31,7 +31,7 @@ impl Stretch {
         self.to - self.from
     }
 
-    pub(crate) fn holds(&self, linear: u64) -> bool {
+    fn holds(&self, linear: u64) -> bool {
         (self.from..self.to).contains(&linear)
     }
 
@@ -50,43 +50,44 @@ impl Stretch {
     }
 }
 
-/// What generated code sees of a stretch: an address in it is less than `len` from its `base`.
+/// What generated code sees of stretches: an address in one is less than `len` from its `base`.
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
 pub(super) struct Seen {
-    pub(super) base: u64,
-    pub(super) len: u64,
-    pub(super) delta: u64,
+    pub(super) base: [u64; STRETCHES],
+    pub(super) len: [u64; STRETCHES],
+    pub(super) delta: [u64; STRETCHES],
 }
 
 /// All that are known.
 #[repr(C)]
 pub(super) struct Stretches {
-    pub(super) seen: [Seen; STRETCHES],
-    known: [Stretch; STRETCHES],
+    pub(super) seen: Seen,
     shown: bool,
+    /// What is seen of their lengths when they are shown.
+    lens: [u64; STRETCHES],
+    known: [Stretch; STRETCHES],
 }
 
 impl Stretches {
     pub(super) const fn none() -> Self {
-        let seen = [Seen { base: 0, len: 0, delta: 0 }; STRETCHES];
-        Self { seen, known: [NOTHING; STRETCHES], shown: false }
+        const NONE: [u64; STRETCHES] = [0; STRETCHES];
+        let seen = Seen { base: NONE, len: NONE, delta: NONE };
+        Self { seen, shown: false, lens: NONE, known: [NOTHING; STRETCHES] }
     }
 
     /// Lets generated code see them, or hides them.
     #[inline]
     pub(super) fn show(&mut self, shown: bool) {
-        if self.shown != shown {
-            self.shown = shown;
-            self.refresh();
-        }
+        self.shown = shown;
+        self.seen.len = if shown { self.lens } else { [0; STRETCHES] };
     }
 
     fn refresh(&mut self) {
-        for (seen, known) in self.seen.iter_mut().zip(&self.known) {
-            let len = if self.shown { known.len().saturating_sub(2 * MARGIN) } else { 0 };
-            *seen = Seen { base: known.from.wrapping_add(MARGIN), len, delta: known.delta };
-        }
+        self.seen.base = self.known.map(|known| known.from.wrapping_add(MARGIN));
+        self.seen.delta = self.known.map(|known| known.delta);
+        self.lens = self.known.map(|known| known.len().saturating_sub(2 * MARGIN));
+        self.show(self.shown);
     }
 
     /// Forgets all of them, but not which was where.
@@ -103,6 +104,13 @@ impl Stretches {
                 self.known.map(|known| if known.holds(linear) { known.without(linear) } else { known });
             self.refresh();
         }
+    }
+
+    /// Where in this process an address lies that generated code finds in one.
+    pub(super) fn read(&self, linear: u64) -> Option<*mut u8> {
+        let Seen { base, len, delta } = &self.seen;
+        let at = (0..STRETCHES).find(|&at| linear.wrapping_sub(base[at]) < len[at])?;
+        Some(delta[at].wrapping_add(linear) as *mut u8)
     }
 
     /// Which one an address lies in.

@@ -248,7 +248,7 @@ pub(crate) struct Tlb {
     pub(crate) current: NonNull<Entry>,
     /// The page that the stack was last in. Generated code looks here, and fills it.
     stack: StackPage,
-    /// Generated code looks here before it reads what a supervisor's code is likely to find here.
+    /// What generated code that reads for a supervisor may find without `current`.
     stretches: Stretches,
     /// Array in which the interpreter looks before it writes: `current`, or none.
     writing: NonNull<Entry>,
@@ -427,8 +427,7 @@ impl Tlb {
 
     /// Where in this process an address lies that generated code finds in a stretch.
     pub(crate) fn read_in_stretch(&self, linear: u64) -> Option<*mut u8> {
-        let seen = self.stretches.seen.iter().find(|seen| linear.wrapping_sub(seen.base) < seen.len)?;
-        Some(seen.delta.wrapping_add(linear) as *mut u8)
+        self.stretches.read(linear)
     }
 
     /// Forgets everything.
@@ -610,7 +609,7 @@ impl TlbLayout {
         std::mem::offset_of!(Tlb, stretches.seen) + std::mem::offset_of!(Seen, len);
     pub(crate) const STRETCH_DELTA: usize =
         std::mem::offset_of!(Tlb, stretches.seen) + std::mem::offset_of!(Seen, delta);
-    pub(crate) const STRETCH_SIZE: usize = size_of::<Seen>();
+    pub(crate) const STRETCH_SIZE: usize = size_of::<u64>();
     /// log2 of the size of an entry.
     pub(crate) const SHIFT: u8 = size_of::<Entry>().trailing_zeros() as u8;
     /// Byte offsets of entries, as a mask.
