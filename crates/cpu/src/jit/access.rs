@@ -2,7 +2,8 @@
 //!
 //! What was found last is kept: R9 is the linear address of its page, R8 what is to be added to linear addresses in it. An
 //! access that is likely to lie in the same page ([`Window`]) looks there first. Nothing rests on that guess being right, as the
-//! address itself is compared; R9 is no page's address where R8 may be anything.
+//! address itself is compared; R9 is no page's address where R8 may be anything. What is known of [stretches](super::linear) is of
+//! another kind, and certain.
 
 use iced_x86::{Instruction, Register};
 
@@ -83,12 +84,14 @@ pub(super) struct Address {
     disp: i32,
     /// The guest's base and index registers and segment.
     names: [Register; 3],
+    /// By how much the index is multiplied.
+    factor: u32,
 }
 
 impl Address {
     fn of(insn: &Instruction) -> Option<Self> {
-        let names = names(insn);
-        let mut all = Self { base: None, index: None, scaled: None, added: None, disp: 0, names };
+        let (names, factor) = (names(insn), insn.memory_index_scale());
+        let mut all = Self { base: None, index: None, scaled: None, added: None, disp: 0, names, factor };
         let mut base_field = None;
         match insn.memory_base() {
             Register::RIP => {
@@ -103,7 +106,7 @@ impl Address {
                 }
             }
         }
-        let scale = insn.memory_index_scale().trailing_zeros() as u8;
+        let scale = factor.trailing_zeros() as u8;
         match number(insn.memory_index()) {
             Some(n) if is_homed(n) => all.scaled = Some((home(n), scale)),
             n => all.index = n.map(|n| (host(n), scale)),
@@ -125,7 +128,7 @@ impl Address {
     /// A guest's register and a displacement.
     fn based(name: Register, base: u8, disp: i32) -> Self {
         let names = [name, Register::None, Register::None];
-        Self { base: Some(base), index: None, scaled: None, added: None, disp, names }
+        Self { base: Some(base), index: None, scaled: None, added: None, disp, names, factor: 1 }
     }
 
     /// What RBP points to.
@@ -175,22 +178,53 @@ impl Address {
     }
 }
 
-/// A page that R8 and R9 know.
+/// What R8 and R9 know.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Window {
     /// By what it was addressed.
     names: [Register; 3],
+    factor: u32,
     disp: i32,
-    /// It may be written.
-    write: bool,
+    known: Known,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Known {
+    /// A page.
+    Page,
+    /// A page that may be written.
+    WritablePage,
+    /// That the address, and what is near, lies in a stretch, if R9 is zero.
+    Stretch,
 }
 
 /// Bytes between accesses that are taken to lie in the same page.
 const NEAR: u32 = 2048;
 
 impl Window {
+    fn new(address: Address, known: Known) -> Self {
+        let Address { names, factor, disp, .. } = address;
+        Self { names, factor, disp, known }
+    }
+
     fn likely(&self, address: &Address, write: bool) -> bool {
-        self.names == address.names && self.disp.abs_diff(address.disp) < NEAR && (self.write || !write)
+        self.names == address.names
+            && self.factor == address.factor
+            && self.disp.abs_diff(address.disp) < NEAR
+            && (self.known == Known::WritablePage || !write)
+    }
+
+    pub(super) fn stretch(address: Address) -> Self {
+        Self::new(address, Known::Stretch)
+    }
+
+    pub(super) fn is_stretch(&self) -> bool {
+        self.known == Known::Stretch
+    }
+
+    /// The registers that it was addressed by, by bit.
+    pub(super) fn registers(&self) -> u16 {
+        registers(self.names)
     }
 }
 
@@ -204,6 +238,8 @@ pub(super) struct Expected {
     pub(super) write: bool,
     /// It is accessed again soon.
     reused: bool,
+    /// It is read, and lies in the stretch of this number.
+    pub(super) stretch: Option<usize>,
 }
 
 /// Looks for accesses to what is likely the same page.
@@ -222,7 +258,7 @@ fn names(insn: &Instruction) -> [Register; 3] {
 
 fn expect(d: &Decoded, rest: &[Decoded]) -> Expected {
     let writes = |d: &Decoded| d.memory.is_some_and(|operand| d.info.written >> operand & 1 != 0);
-    let mut expected = Expected { write: writes(d), reused: false };
+    let mut expected = Expected { write: writes(d), ..Expected::default() };
     let its = names(&d.insn);
     let registers = registers(its);
     // Behind a branch it is not certain that anything is written.
@@ -259,7 +295,12 @@ fn registers(names: [Register; 3]) -> u16 {
 
 /// The registers into which an instruction puts something quite else, by bit.
 pub(super) fn replaced(insn: &Instruction, info: &Info) -> u16 {
-    if info.steps || info.written == 0 {
+    if info.steps { 0 } else { written(insn, info) }
+}
+
+/// The registers among its operands that an instruction writes to, by bit.
+pub(super) fn written(insn: &Instruction, info: &Info) -> u16 {
+    if info.written == 0 {
         return 0;
     }
     let bit = |i: u32| operand_number(insn, i).filter(|_| info.written >> i & 1 != 0).map_or(0, |n| 1 << n);
@@ -286,6 +327,7 @@ impl Translator<'_> {
                 Some((R11, disp)) => return Some(Place::Stack(disp)),
                 // Worth knowing the page of, or no dearer, or perhaps known already.
                 _ if expected.reused || address.scaled.is_none() => return Some(Place::Sum(address)),
+                _ if expected.stretch.is_some() => return Some(Place::Sum(address)),
                 _ if self.window.is_some_and(|w| w.likely(&address, expected.write)) => {
                     return Some(Place::Sum(address));
                 }
@@ -301,9 +343,9 @@ impl Translator<'_> {
         Some(Place::Host)
     }
 
-    /// Finds the host's page for an access; see [`Place`] for how the operand is addressed then. Flags are lost. With
-    /// `write` a page that can be written is preferred for a read.
-    pub(super) fn check(&mut self, place: Place, wanted: Wanted, write: bool) {
+    /// Finds the host's page for an access; see [`Place`] for how the operand is addressed then. Flags are lost. Where it is
+    /// `expected` to be written, a page that can be is preferred for a read.
+    pub(super) fn check(&mut self, place: Place, wanted: Wanted, expected: Expected) {
         match place {
             Place::None => {}
             Place::Linear => self.check_linear(place, wanted),
@@ -323,10 +365,19 @@ impl Translator<'_> {
                 self.look_up(Address::based(Register::RSP, R11, disp), wanted, false);
                 self.asm.mov(R10, R8);
             }
-            Place::Sum(address) if self.window.is_some_and(|w| w.likely(&address, wanted.is_write())) => {
-                self.check_window(address, wanted);
-            }
-            Place::Sum(address) => self.look_up(address, wanted, write),
+            Place::Sum(address) => self.check_sum(address, wanted, expected),
+        }
+    }
+
+    fn check_sum(&mut self, address: Address, wanted: Wanted, expected: Expected) {
+        // In a stretch anything may lie anywhere.
+        let free = !wanted.is_aligned();
+        let window = self.window.filter(|w| w.likely(&address, wanted.is_write()));
+        match (window, expected.stretch) {
+            (Some(window), _) if !window.is_stretch() => self.check_window(address, wanted),
+            (Some(_), _) if free => self.check_same_stretch(address, wanted),
+            (_, Some(stretch)) if free && !wanted.is_write() => self.check_stretch(address, wanted, stretch),
+            _ => self.look_up(address, wanted, expected.write),
         }
     }
 
@@ -392,7 +443,8 @@ impl Translator<'_> {
             address.put(a, true, R10, 0);
         }
         self.miss([Some(from), None], Place::Sum(address), wanted, Find::LookUp);
-        self.window = Some(Window { names: address.names, disp: address.disp, write });
+        let known = if write { Known::WritablePage } else { Known::Page };
+        self.window = Some(Window::new(address, known));
     }
 
     /// Looks whether the address lies in the page that is known. No address may pass where R9 is -1, not even one at the end of
@@ -426,7 +478,7 @@ impl Translator<'_> {
 
     /// An instruction was translated: whether the window still is a good guess.
     pub(super) fn notice_written(&mut self, d: &Decoded) {
-        if self.window.is_some_and(|w| d.replaced & registers(w.names) != 0) {
+        if self.window.is_some_and(|w| d.replaced & w.registers() != 0) {
             self.window = None;
         }
     }

@@ -158,7 +158,7 @@ impl Translator<'_> {
         self.lose_flags(d.live_in, R9);
         let more = if d.insn.op_count() == 1 { d.insn.immediate16() } else { 0 };
         let wanted = Wanted::new(d.at, d.insn.len() as u8, 8, false).on_stack(true);
-        self.check(Place::Stack(0), wanted, false);
+        self.check(Place::Stack(0), wanted, Expected::default());
         self.return_checked(d, i32::from(more));
     }
 
@@ -170,7 +170,7 @@ impl Translator<'_> {
         } else if insn.op0_kind() == OpKind::Memory {
             let place = self.place(insn, Expected::default())?;
             let wanted = self.wanted(d, 8, false);
-            self.check(place, wanted, false);
+            self.check(place, wanted, Expected::default());
             self.asm.load(R8, place.mem());
         } else {
             let n = number(insn.op0_register())?;

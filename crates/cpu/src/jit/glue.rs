@@ -56,6 +56,10 @@ const CURRENT_TLB: Mem = Mem::Cpu((offset_of!(Cpu, tlb) + TlbLayout::CURRENT) as
 /// The stack's page, and what to add to its addresses.
 pub(super) const STACK_PAGE: Mem = Mem::Cpu((offset_of!(Cpu, tlb) + TlbLayout::STACK_PAGE) as i32);
 pub(super) const STACK_DELTA: Mem = Mem::Cpu((offset_of!(Cpu, tlb) + TlbLayout::STACK_DELTA) as i32);
+/// The first stretch.
+pub(super) const STRETCH_BASE: Mem = Mem::Cpu((offset_of!(Cpu, tlb) + TlbLayout::STRETCH_BASE) as i32);
+pub(super) const STRETCH_LEN: Mem = Mem::Cpu((offset_of!(Cpu, tlb) + TlbLayout::STRETCH_LEN) as i32);
+pub(super) const STRETCH_DELTA: Mem = Mem::Cpu((offset_of!(Cpu, tlb) + TlbLayout::STRETCH_DELTA) as i32);
 pub(super) const STATUS: i32 = offset_of!(Cpu, status) as i32;
 pub(super) const RIP: Mem = Mem::Cpu(offset_of!(Cpu, rip) as i32);
 pub(super) const BASE: Mem = hot(offset_of!(Hot, base));

@@ -5,6 +5,7 @@
 //! * [`translate`] makes code of decoded instructions, by what [`table`] knows of them: their [`operands`], what they [`access`] in
 //!   memory, the [`stack`], repeated [`strings`], their [`flags`], the [`flow`] of control, and the [`stubs`] out of its way;
 //!   [`encode`] puts other operands into an instruction, [`asm`] writes our own;
+//! * [`linear`] is how a kernel's reads do without translations;
 //! * [`small`] is what differs for 32-bit code;
 //! * [`glue`] is the code between translated code and Rust, with the [`vectors`] and the [`x87`] state that it moves, [`help`] the Rust
 //!   that it calls;
@@ -28,6 +29,7 @@ mod flags;
 mod flow;
 mod glue;
 mod help;
+mod linear;
 mod lockstep;
 mod memory;
 mod operands;
@@ -88,6 +90,10 @@ impl Key {
     const GS: u8 = 64;
     const AVX512: u8 = 128;
     const BITS: u32 = 8;
+
+    fn user(self) -> bool {
+        self.0 & Self::USER != 0
+    }
 
     fn sse(self) -> bool {
         self.0 & Self::SSE != 0

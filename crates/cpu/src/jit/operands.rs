@@ -241,7 +241,7 @@ impl Translator<'_> {
                 .wanted(d, size, write)
                 .aligned(aligned && size.is_power_of_two())
                 .masked(insn.op_mask() != Register::None);
-            self.check(place, wanted, d.expected.write);
+            self.check(place, wanted, d.expected);
         }
         // The flags that it reads, and those that it leaves alone.
         let keeps = || info.flags_changed != 0 && d.live_out & !surely_changed(insn, info) != 0;

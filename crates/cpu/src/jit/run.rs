@@ -255,6 +255,7 @@ impl Cpu {
                 chain: jit.chain,
                 foresees: jit.chain || jit.repeatable,
                 read: &read,
+                sight: self.sight(key, linear),
             };
             let origin = jit.memory.next();
             let aside = |len| jit.memory.next_aside(len);

@@ -212,7 +212,11 @@ impl Translator<'_> {
     fn check_stack_small(&mut self, d: &Decoded, base: u8, disp: i32, write: bool) {
         self.lose_flags(d.live_in, R9);
         self.asm.lea32(R8, Mem::At(base, disp));
-        self.check(Place::Top, Wanted::new(d.at, d.insn.len() as u8, 4, write).on_stack(true), false);
+        self.check(
+            Place::Top,
+            Wanted::new(d.at, d.insn.len() as u8, 4, write).on_stack(true),
+            Expected::default(),
+        );
     }
 
     pub(super) fn push_small(&mut self, d: &Decoded, value: Pushed) {
@@ -264,7 +268,7 @@ impl Translator<'_> {
         if insn.op0_kind() == OpKind::Memory {
             let place = self.place(insn, Expected::default())?;
             let wanted = self.wanted(d, 4, false);
-            self.check(place, wanted, false);
+            self.check(place, wanted, Expected::default());
             self.asm.load32(R8, place.mem());
         } else {
             let n = number(insn.op0_register())?;

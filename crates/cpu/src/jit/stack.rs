@@ -143,7 +143,7 @@ impl Translator<'_> {
         }
         self.lose_flags(d.live_in, R9);
         let wanted = Wanted::new(d.at, d.insn.len() as u8, 8, true).on_stack(true);
-        self.check(Place::Stack(-8), wanted, false);
+        self.check(Place::Stack(-8), wanted, Expected::default());
         self.push_checked(value);
     }
 
@@ -185,7 +185,7 @@ impl Translator<'_> {
                 let place = self.place(insn, Expected::default())?;
                 let word = self.request.key.word();
                 let wanted = self.wanted(d, word, false);
-                self.check(place, wanted, false);
+                self.check(place, wanted, Expected::default());
                 self.asm.mem(&[], word == 8, &[0x8b], R8, place.mem());
                 self.asm.store(TEMP, R8);
                 self.push_register(d, Pushed::Temp);
@@ -203,7 +203,7 @@ impl Translator<'_> {
         }
         self.lose_flags(d.live_in, R9);
         let wanted = Wanted::new(d.at, d.insn.len() as u8, 8, false).on_stack(true);
-        self.check(Place::Stack(0), wanted, false);
+        self.check(Place::Stack(0), wanted, Expected::default());
         self.pop_checked(n);
         Some(())
     }
@@ -228,7 +228,7 @@ impl Translator<'_> {
         self.lose_flags(d.live_in, R9);
         let frame = Place::Sum(Address::frame());
         let wanted = Wanted::new(d.at, d.insn.len() as u8, 8, false).on_stack(true);
-        self.check(frame, wanted, false);
+        self.check(frame, wanted, Expected::default());
         self.asm.lea(R11, Mem::At(RBP, 8));
         self.asm.load(RBP, frame.mem());
     }

@@ -12,6 +12,7 @@ use super::asm::{Asm, BELOW, Mem, NOT_EQUAL, R8, R9, R10, RAX, RDX};
 use super::flags::{liveness, loses_flags_first, poll_position};
 use super::flow::condition;
 use super::glue::{Glue, RIP, STATUS, home};
+use super::linear::{Sight, foresee_stretches};
 use super::operands::{host, is_homed, memory_operand, number};
 use super::small::{self, Text};
 use super::stack::{Later, Run};
@@ -204,6 +205,8 @@ pub(super) struct Request<'a> {
     pub(super) foresees: bool,
     /// Reads code on the page for that.
     pub(super) read: &'a dyn Fn(usize, &mut [u8]),
+    /// What the processor sees now, if that is of use.
+    pub(super) sight: Option<Sight<'a>>,
 }
 
 /// What the translator made. It becomes room for the next.
@@ -234,7 +237,7 @@ pub(super) struct Translator<'a> {
     pub(super) x87: bool,
     /// And [`Hot`](super::Hot) knows the page that runs as that of their last instruction.
     pub(super) x87_based: bool,
-    /// The page that R8 and R9 know.
+    /// What R8 and R9 know.
     pub(super) window: Option<Window>,
     /// What comes next is reached from what came last.
     pub(super) reachable: bool,
@@ -248,7 +251,7 @@ pub(super) struct Translator<'a> {
 pub(super) fn translate(
     origin: u64,
     aside: impl FnOnce(usize) -> u64,
-    request: Request<'_>,
+    mut request: Request<'_>,
     insns: &mut [Decoded],
     ops: &[Option<*const Op>],
     table: &mut Table,
@@ -257,6 +260,9 @@ pub(super) fn translate(
     let start = insns.first()?.at;
     liveness(insns, &request, table);
     foresee_accesses(insns);
+    if let Some(sight) = request.sight.take() {
+        foresee_stretches(insns, sight);
+    }
     let live = insns[0].live_in;
     let room = std::mem::take(made);
     let mut t = Translator {
@@ -348,6 +354,7 @@ impl Translator<'_> {
         if !keeps {
             self.window = None;
         }
+        self.leave_stretch(d);
         done
     }
 
@@ -415,7 +422,7 @@ impl Translator<'_> {
         if insn.op0_kind() == OpKind::Memory {
             let place = self.place(insn, Expected::default())?;
             let wanted = self.wanted(d, if wide { 8 } else { 4 }, false);
-            self.check(place, wanted, false);
+            self.check(place, wanted, Expected::default());
             self.asm.mem(&[], wide, &[0x8b], R9, place.mem());
         } else {
             let n = number(insn.op0_register())?;

@@ -95,7 +95,7 @@ impl Translator<'_> {
         self.lose_flags(d.live_in, R10);
         let place = self.place(&d.insn, Expected::default())?;
         let wanted = self.wanted(d, 2, false);
-        self.check(place, wanted, false);
+        self.check(place, wanted, Expected::default());
         let scratch = *place.scratch().last()?;
         let a = &mut self.asm;
         a.mem(&[], false, &[0x0f, 0xb7], scratch, place.mem()); // movzx

@@ -159,6 +159,21 @@ impl Cpu {
         if self.cr4 & cr4::SMAP != 0 { Context::Kernel } else { Context::KernelAll }
     }
 
+    /// What lies at an address, if that is known without a walk, and without any trace of having been read.
+    pub(crate) fn glimpse(&self, linear: u64, size: usize) -> Option<u64> {
+        let at = || self.tlb.read_in_stretch(linear).or_else(|| self.tlb.read(linear, size as u64));
+        // SAFETY: as in `read`; and all of a stretch is mapped memory, of which what is seen ends well before it does.
+        unsafe {
+            match size {
+                1 => Some(u8::load(at()?).into()),
+                2 => Some(u16::load(at()?).into()),
+                4 => Some(u32::load(at()?).into()),
+                8 => Some(u64::load(at()?)),
+                _ => None,
+            }
+        }
+    }
+
     /// Reads any number of bytes at the current privilege. Nothing has been read from devices if it faults.
     pub(crate) fn read_bytes(&mut self, linear: u64, into: &mut [u8]) -> Exec {
         let context = self.tlb.context();
@@ -305,7 +320,20 @@ impl Cpu {
             || self.jit.is_some() && self.memory.epoch() != self.code_epoch;
         let free = writable && page.writable && !watched && (!logged || access == Access::Write);
         self.tlb.fill(context, linear, Found { gpa, page, free, shift }, global);
+        // Where a large page is, there are others.
+        if global && shift > 12 && access == Access::Read && self.jit.is_some() {
+            self.find_stretch(linear);
+        }
         Ok(Place::Memory { page, gpa: gpa | linear % PAGE })
+    }
+
+    /// Remembers what lies around a large page in one piece with it, if that is not known.
+    fn find_stretch(&mut self, linear: u64) {
+        if self.tlb.stretch(linear).is_none()
+            && let Some(stretch) = self.stretch_around(linear)
+        {
+            self.tlb.put_stretch(stretch);
+        }
     }
 
     /// An access leads to a device, which lockstep does not repeat.

@@ -4,6 +4,7 @@
 mod access;
 mod books;
 mod global;
+mod linear;
 #[cfg(test)]
 mod tests;
 mod tlb;
@@ -11,6 +12,7 @@ mod walk;
 
 pub(crate) use access::MemWord;
 pub(crate) use global::Found;
+pub(crate) use linear::Stretch;
 pub(crate) use tlb::{Code, Context, Frame, Tlb, TlbLayout};
 
 /// What an access wants.

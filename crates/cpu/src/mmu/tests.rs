@@ -5,7 +5,7 @@ use std::ptr::NonNull;
 
 use skep_memory::HostPage;
 
-use super::{Context, Found, Frame, Tlb};
+use super::{Context, Found, Frame, Stretch, Tlb};
 use crate::oracle::random::Random;
 
 const PAGE: u64 = 4096;
@@ -261,4 +261,138 @@ fn data_pages_do_not_disturb_the_jump_cache() {
     }
     tlb.switch(0, true);
     assert!(!stamps.contains(&tlb.stamp()));
+}
+
+const LARGE: u64 = 2 << 20;
+const KERNEL: u64 = 0xffff_8880_0000_0000;
+
+/// Of so many large pages.
+fn stretch(from: u64, pages: u64, delta: u64) -> Stretch {
+    Stretch { from, to: from + pages * LARGE, delta, shift: 21 }
+}
+
+fn kernel(stretches: &[Stretch]) -> Tlb {
+    let mut tlb = Tlb::new(1);
+    tlb.select(Context::Kernel);
+    stretches.iter().for_each(|&stretch| tlb.put_stretch(stretch));
+    tlb
+}
+
+/// Whether large pages are read as parts of a stretch.
+fn seen<const N: usize>(tlb: &Tlb, pages: [u64; N]) -> [bool; N] {
+    pages.map(|page| tlb.read_in_stretch(KERNEL + page * LARGE + LARGE / 2).is_some())
+}
+
+#[test]
+fn a_stretch_is_seen_but_for_its_ends() {
+    let tlb = kernel(&[stretch(KERNEL, 2, 5 * PAGE)]);
+    let at = |linear: u64| tlb.read_in_stretch(linear).map(|at| at as u64);
+    let end = KERNEL + 2 * LARGE - PAGE;
+    for linear in [KERNEL + PAGE, KERNEL + LARGE - 1, KERNEL + LARGE, end - 1] {
+        assert_eq!(at(linear), Some(linear.wrapping_add(5 * PAGE)));
+    }
+    for linear in [0, KERNEL - 1, KERNEL, KERNEL + PAGE - 1, end, end + PAGE, u64::MAX] {
+        assert_eq!(at(linear), None, "{linear:#x}");
+    }
+    assert!(kernel(&[]).read_in_stretch(0).is_none());
+    let smallest = Stretch { from: KERNEL, to: KERNEL + 2 * PAGE, delta: 0, shift: 12 };
+    assert!(kernel(&[smallest]).read_in_stretch(KERNEL + PAGE).is_none());
+}
+
+#[test]
+fn only_a_supervisor_sees_stretches() {
+    let mut tlb = kernel(&[stretch(KERNEL, 2, 0)]);
+    for (context, sees) in
+        [(Context::User, false), (Context::KernelAll, true), (Context::Slow, false), (Context::Kernel, true)]
+    {
+        tlb.select(context);
+        assert_eq!(seen(&tlb, [0, 1]), [sees; 2], "{context:?}");
+        tlb.put_stretch(stretch(KERNEL + 8 * LARGE, 1, 1));
+        assert_eq!(seen(&tlb, [8]), [sees], "{context:?}");
+    }
+}
+
+#[test]
+fn a_stretch_goes_with_its_pages() {
+    let mut tlb = kernel(&[stretch(KERNEL, 8, 0)]);
+    tlb.flush_page(KERNEL - 1);
+    tlb.flush_page(KERNEL + 8 * LARGE);
+    tlb.switch(5, false);
+    tlb.flush_pcid(5);
+    tlb.flush_spaces();
+    tlb.forget_writes();
+    assert_eq!(seen(&tlb, [0, 7]), [true; 2], "its pages are global, and others than those");
+    tlb.flush_page(KERNEL + 2 * LARGE + 5);
+    assert_eq!(seen(&tlb, [0, 1, 2, 3, 7]), [false, false, false, true, true], "the larger part stays");
+    tlb.flush_page(KERNEL + 6 * LARGE);
+    assert_eq!(seen(&tlb, [3, 5, 6, 7]), [true, true, false, false]);
+    // Where it is hidden it goes all the same.
+    tlb.select(Context::User);
+    tlb.flush_page(KERNEL + 3 * LARGE);
+    tlb.select(Context::Kernel);
+    assert_eq!(seen(&tlb, [3, 4, 5]), [false, true, true]);
+    tlb.flush_all();
+    assert_eq!(seen(&tlb, [4, 5]), [false; 2]);
+    // The top of the address space, where nothing follows.
+    let mut tlb = kernel(&[stretch(0u64.wrapping_sub(2 * LARGE), 1, 0)]);
+    tlb.flush_page(0u64.wrapping_sub(LARGE) - 1);
+    assert!(tlb.read_in_stretch(0u64.wrapping_sub(3 * LARGE / 2)).is_none());
+}
+
+#[test]
+fn stretches_grow_together_if_they_are_of_one_kind() {
+    let mut tlb = kernel(&[stretch(KERNEL, 2, 0), stretch(KERNEL + 2 * LARGE, 2, 0)]);
+    assert_eq!(tlb.stretch(KERNEL), tlb.stretch(KERNEL + 3 * LARGE));
+    // Their common end is in the midst now.
+    assert!(tlb.read_in_stretch(KERNEL + 2 * LARGE).is_some());
+    tlb.put_stretch(stretch(KERNEL + 4 * LARGE, 4, PAGE));
+    assert_ne!(tlb.stretch(KERNEL), tlb.stretch(KERNEL + 4 * LARGE));
+    assert!(tlb.read_in_stretch(KERNEL + 4 * LARGE).is_none(), "they meet, but not in the host");
+    let (first, second) = (tlb.stretch(KERNEL), tlb.stretch(KERNEL + 4 * LARGE));
+    tlb.flush_all();
+    tlb.put_stretch(stretch(KERNEL + 4 * LARGE, 4, PAGE));
+    tlb.put_stretch(stretch(KERNEL, 4, 0));
+    assert_eq!((tlb.stretch(KERNEL), tlb.stretch(KERNEL + 4 * LARGE)), (first, second), "in the same places");
+    // One too many displaces the smallest, if it is larger.
+    for (at, pages) in [(10, 2), (20, 2), (30, 1), (40, 3)] {
+        tlb.put_stretch(stretch(KERNEL + at * LARGE, pages, at));
+    }
+    assert_eq!(seen(&tlb, [0, 4, 30, 40]), [true, true, false, true]);
+    assert_eq!(seen(&tlb, [10, 20]).iter().filter(|&&seen| seen).count(), 1);
+}
+
+#[test]
+fn stretches_hold_nothing_that_was_to_be_forgotten() {
+    let mut random = Random::new(2);
+    let mut tlb = kernel(&[]);
+    // What may be cached of each large page.
+    let mut model: HashMap<u64, Vec<u64>> = HashMap::new();
+    let mut hits = 0;
+    for _ in 0..100_000 {
+        let page = random.below(64);
+        match random.below(20) {
+            0..8 => {
+                let (pages, delta) = (1 + random.below(16), random.below(3) * LARGE);
+                tlb.put_stretch(stretch(KERNEL + page * LARGE, pages, delta));
+                (page..page + pages).for_each(|page| model.entry(page).or_default().push(delta));
+            }
+            8..19 => {
+                tlb.flush_page(KERNEL + page * LARGE + random.below(LARGE));
+                model.remove(&page);
+            }
+            _ if random.below(4) == 0 => {
+                tlb.flush_all();
+                tlb.select(Context::Kernel);
+                model.clear();
+            }
+            _ => tlb.switch(random.below(4) as u16, random.below(2) == 0),
+        }
+        let linear = KERNEL + random.below(90 * LARGE);
+        if let Some(at) = tlb.read_in_stretch(linear) {
+            hits += 1;
+            let known = model.get(&((linear - KERNEL) / LARGE)).map(Vec::as_slice).unwrap_or_default();
+            assert!(known.contains(&(at as u64).wrapping_sub(linear)), "{linear:#x} was forgotten");
+        }
+    }
+    assert!(hits > 1000, "{hits}");
 }

@@ -8,6 +8,7 @@ use skep_memory::HostPage;
 
 use super::books::{LargePages, Log, PageFilter, Writable, WriteHints};
 use super::global::{Found, Globals};
+use super::linear::{Seen, Stretch, Stretches};
 
 /// Entries per array: a power of two.
 pub(crate) const ENTRIES: usize = 8192;
@@ -247,6 +248,8 @@ pub(crate) struct Tlb {
     pub(crate) current: NonNull<Entry>,
     /// The page that the stack was last in. Generated code looks here, and fills it.
     stack: StackPage,
+    /// What generated code that reads for a supervisor may find without `current`.
+    stretches: Stretches,
     /// Array in which the interpreter looks before it writes: `current`, or none.
     writing: NonNull<Entry>,
     /// The interpreter's writes take the slow path, all of them.
@@ -276,6 +279,7 @@ impl Tlb {
         let mut tlb = Self {
             current: nothing(),
             stack: NO_STACK,
+            stretches: Stretches::none(),
             writing: nothing(),
             writes_slowly: false,
             stamp: 0,
@@ -411,10 +415,26 @@ impl Tlb {
         code
     }
 
+    /// Remembers global translations that a supervisor may read by, many at once.
+    pub(crate) fn put_stretch(&mut self, stretch: Stretch) {
+        self.stretches.put(stretch);
+    }
+
+    /// The number of the stretch that an address lies in.
+    pub(crate) fn stretch(&self, linear: u64) -> Option<usize> {
+        self.stretches.find(linear)
+    }
+
+    /// Where in this process an address lies that generated code finds in a stretch.
+    pub(crate) fn read_in_stretch(&self, linear: u64) -> Option<*mut u8> {
+        self.stretches.read(linear)
+    }
+
     /// Forgets everything.
     pub(crate) fn flush_all(&mut self) {
         self.flush_spaces();
         self.globals.clear();
+        self.stretches.clear();
         self.large = LargePages::none();
     }
 
@@ -469,6 +489,7 @@ impl Tlb {
             space.flush_page(linear, large, large_code);
         }
         self.globals.drop_page(linear, large);
+        self.stretches.drop_page(linear);
         self.restamp();
     }
 
@@ -543,6 +564,7 @@ impl Tlb {
     /// Brings `current` up to date.
     fn point(&mut self) {
         self.stack = NO_STACK;
+        self.stretches.show(matches!(self.context, Context::Kernel | Context::KernelAll));
         let array = self.spaces[self.space].arrays.get(self.context as usize).and_then(Option::as_ref);
         self.current = array.map_or_else(nothing, |array| array.at);
         self.write_slowly(self.writes_slowly);
@@ -580,6 +602,14 @@ impl TlbLayout {
     /// Page and delta of the stack's page, likewise.
     pub(crate) const STACK_PAGE: usize = std::mem::offset_of!(Tlb, stack.page);
     pub(crate) const STACK_DELTA: usize = std::mem::offset_of!(Tlb, stack.delta);
+    /// Fields of the first stretch, likewise, and how far the next one is.
+    pub(crate) const STRETCH_BASE: usize =
+        std::mem::offset_of!(Tlb, stretches.seen) + std::mem::offset_of!(Seen, base);
+    pub(crate) const STRETCH_LEN: usize =
+        std::mem::offset_of!(Tlb, stretches.seen) + std::mem::offset_of!(Seen, len);
+    pub(crate) const STRETCH_DELTA: usize =
+        std::mem::offset_of!(Tlb, stretches.seen) + std::mem::offset_of!(Seen, delta);
+    pub(crate) const STRETCH_SIZE: usize = size_of::<u64>();
     /// log2 of the size of an entry.
     pub(crate) const SHIFT: u8 = size_of::<Entry>().trailing_zeros() as u8;
     /// Byte offsets of entries, as a mask.

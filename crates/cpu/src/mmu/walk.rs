@@ -2,7 +2,7 @@
 
 use skep_memory::GuestMemory;
 
-use super::{Access, Translation};
+use super::{Access, Stretch, Translation};
 use crate::cpu::{Cpu, cr0, cr4, efer};
 use crate::fault::Exec;
 
@@ -160,6 +160,62 @@ impl Cpu {
             shift: size_shift as u8,
             global: leaf & GLOBAL != 0 && self.cr4 & cr4::PGE != 0,
         })
+    }
+
+    /// How far global pages of a supervisor reach around `linear`, which a walk has just found in a large one of them, without a
+    /// hole, and in one piece in the host. All of them have been accessed, as nothing that has not may be cached.
+    pub(super) fn stretch_around(&self, linear: u64) -> Option<Stretch> {
+        let (mut table, format) = self.format(linear).ok().filter(|_| self.mode.long)?;
+        let mut level = format.levels;
+        let at = |level: u32| linear >> (3 + 9 * level) & 511;
+        loop {
+            let entry = load(&self.memory, table + 8 * at(level), format.entry_shift);
+            if level > 1 && entry & LARGE != 0 {
+                break;
+            }
+            level = level.checked_sub(1).filter(|&level| level > 1 && entry & PRESENT != 0)?;
+            table = entry & ADDRESS;
+        }
+        let (shift, here) = (3 + 9 * level, at(level));
+        let begins = |i: u64| self.piece_begins(format, table + 8 * i, level);
+        let first = begins(here)?;
+        let follows = |&i: &u64| begins(i) == Some(first.wrapping_add(i.wrapping_sub(here) << shift));
+        let low = (0..here).rev().take_while(follows).last().unwrap_or(here);
+        let high = (here..512).take_while(follows).last()?;
+
+        let page = linear >> shift << shift;
+        let (before, behind) = ((here - low) << shift, (high + 1 - here) << shift);
+        // The top of the address space is nobody's memory.
+        let (from, to) = (page.wrapping_sub(before), page.checked_add(behind)?);
+        let region = self.memory.regions().find(|r| (r.start..r.start + r.size).contains(&first))?;
+        let from = from.max(page.saturating_sub(first - region.start));
+        let to = to.min(page.saturating_add(region.start + region.size - first));
+        let delta = (region.host.as_ptr() as u64).wrapping_add(first - region.start).wrapping_sub(page);
+        (from < to).then_some(Stretch { from, to, delta, shift: shift as u8 })
+    }
+
+    /// The guest physical address from which on an entry of a table at this level maps a piece of a stretch: by one page, or by
+    /// many of 4 KiB.
+    fn piece_begins(&self, format: Format, at: u64, level: u32) -> Option<u64> {
+        const WANTED: u64 = PRESENT | ACCESSED | GLOBAL;
+        let entry = load(&self.memory, at, format.entry_shift);
+        let large = level > 1 && entry & LARGE != 0;
+        if entry & (PRESENT | ACCESSED) != PRESENT | ACCESSED
+            || entry & self.reserved(format, level, large) != 0
+        {
+            return None;
+        }
+        if level == 1 || large {
+            let within = (1 << (3 + 9 * level)) - 1;
+            return (entry & (WANTED | USER) == WANTED).then_some(entry & ADDRESS & !within);
+        }
+        if level > 2 {
+            return None;
+        }
+        let table = entry & ADDRESS;
+        let first = self.piece_begins(format, table, 1)?;
+        let follows = |i: u64| self.piece_begins(format, table + 8 * i, 1) == Some(first + (i << 12));
+        (1..512).all(follows).then_some(first)
     }
 
     /// Whether PKRU permits a data access to a user page that `leaf` maps (§4.6.2).

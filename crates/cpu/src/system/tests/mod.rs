@@ -6,6 +6,7 @@ mod paging;
 mod privilege;
 mod registers;
 mod state;
+mod stretches;
 mod transfers;
 
 use std::sync::Arc;
@@ -55,7 +56,11 @@ const FREE: u16 = 0x80;
 const GDT_LIMIT: u16 = 0x8f;
 
 fn cpu() -> Box<Cpu> {
-    let ram = RegionSpec { start: 0, size: 1 << 20, kind: RegionKind::Ram };
+    cpu_with(1 << 20)
+}
+
+fn cpu_with(memory: u64) -> Box<Cpu> {
+    let ram = RegionSpec { start: 0, size: memory, kind: RegionKind::Ram };
     let memory = GuestMemory::new(&[ram]).unwrap();
     let features = [("la57".to_owned(), true)].into();
     let cpuid =
@@ -181,7 +186,11 @@ fn v86(iopl: u64) -> Box<Cpu> {
 
 /// 64-bit mode; the first two MiB identity-mapped for every level.
 fn long(cpl: u8) -> Box<Cpu> {
-    let mut cpu = cpu();
+    long_with(cpl, 1 << 20)
+}
+
+fn long_with(cpl: u8, memory: u64) -> Box<Cpu> {
+    let mut cpu = cpu_with(memory);
     tables(&mut cpu, true);
     for (table, entry) in
         [(0, (PAGE_TABLES + 0x1000) | 7), (0x1000, (PAGE_TABLES + 0x2000) | 7), (0x2000, 0x87)]
