@@ -2,7 +2,7 @@
 //! stay what they are but for their operands.
 //!
 //! * [`run`] finds code for where the processor is, or has it made, and enters it;
-//! * [`translate`] makes code of decoded instructions, by what [`table`] knows of them: their [`operands`], what they [`access`] in
+//! * [`translate`] makes code of decoded instructions, by what [`table`] says of their codes and [`known`] of them: their [`operands`], what they [`access`] in
 //!   memory, the [`stack`], repeated [`strings`], their [`flags`], the [`flow`] of control, and the [`stubs`] out of its way;
 //!   [`encode`] puts other operands into an instruction, [`asm`] writes our own;
 //! * [`small`] is what differs for 32-bit code;
@@ -27,6 +27,8 @@ mod flags;
 mod flow;
 mod glue;
 mod help;
+mod known;
+mod length;
 mod lockstep;
 mod memory;
 mod operands;
@@ -46,10 +48,10 @@ use std::io;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use glue::Glue;
+use known::Instructions;
 pub(crate) use lockstep::Lockstep;
 use memory::CodeMemory;
 use skep_memory::GuestMemory;
-use table::Table;
 use translate::{Entry, Link, MAX_INSTRUCTIONS};
 
 use crate::block::Mix;
@@ -271,7 +273,7 @@ pub(crate) struct Jit {
     glue: Glue,
     /// Where the glue ends and blocks begin.
     floor: usize,
-    table: Table,
+    instructions: Instructions,
     jumps: Box<[Jump]>,
     blocks: HashMap<u64, Entry, BuildHasherDefault<Mix>>,
     pages: HashMap<usize, PageCode, BuildHasherDefault<Mix>>,
@@ -325,7 +327,7 @@ impl Jit {
             memory,
             glue,
             floor,
-            table: Table::new(),
+            instructions: Instructions::new(),
             jumps: vec![NO_JUMP; JUMPS].into_boxed_slice(),
             blocks: HashMap::default(),
             pages: HashMap::default(),
