@@ -9,7 +9,7 @@ use iced_x86::{Instruction, Register};
 use super::asm::{ABOVE, Asm, Forward, Mem, NOT_EQUAL, R8, R9, R10, R11, RBP};
 use super::glue::{BASE, STACK_DELTA, STACK_PAGE, home, segment_base, tlb_entry};
 use super::help::Wanted;
-use super::operands::{has_high_byte, has_small_address, host, is_homed, number, operand_number};
+use super::operands::{has_small_address, host, is_homed, number, operand_number};
 use super::stubs::{Find, Stub};
 use super::table::{Class, Info};
 use super::translate::{Decoded, Translator};
@@ -276,11 +276,10 @@ impl Translator<'_> {
             self.window = None;
             return self.place_small(d);
         }
-        let homed = |i: u32| operand_number(insn, i).is_some_and(is_homed);
         // Where many registers have to be loaded there is no room for the window.
-        let crowded = (0..4).filter(|&i| homed(i)).count() > 1;
+        let crowded = d.homed > 1;
         if !has_small_address(insn)
-            && !has_high_byte(insn)
+            && !d.high
             && !crowded
             && let Some(address) = Address::of(d)
         {

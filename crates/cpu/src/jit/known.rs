@@ -5,9 +5,11 @@ use iced_x86::{Decoder, DecoderOptions, FlowControl, Instruction, OpKind};
 use skep_hv::cpuid::CpuidTable;
 
 use super::access::replaced;
+use super::asm::{Asm, Piece};
+use super::encode::Form;
 use super::flags::surely_changed;
 use super::length::{self, Layout};
-use super::operands::memory_operand;
+use super::operands::{has_high_byte, host, is_homed, memory_operand, moved, operand_number};
 use super::table::{Class, Info, STATUS_FLAGS, Table};
 use super::{Key, PAGE, small};
 
@@ -33,6 +35,19 @@ impl Text {
     pub(super) fn as_slice(&self) -> &[u8] {
         &self.bytes[..usize::from(self.len) % (LONGEST + 1)]
     }
+
+    /// Its last bytes: eight at most.
+    #[inline(always)]
+    pub(super) fn tail(&self, len: usize) -> Piece {
+        let shift = 8 * (usize::from(self.len) - len);
+        Piece::of((u128::from_le_bytes(self.bytes) >> (shift % 128)) as u64, len)
+    }
+
+    /// Writes it as it is.
+    #[inline(always)]
+    pub(super) fn write(&self, asm: &mut Asm) {
+        asm.first_of(&self.bytes, usize::from(self.len));
+    }
 }
 
 /// What is known of an instruction.
@@ -52,6 +67,13 @@ pub(super) struct Known {
     pub(super) reads: u16,
     /// Control goes elsewhere, always or at times.
     pub(super) transfers: bool,
+    /// A register is among its operands that stands elsewhere; how many of them stay in memory.
+    pub(super) moved: bool,
+    pub(super) homed: u8,
+    /// A high byte is.
+    pub(super) high: bool,
+    /// How it is re-encoded, if that depends on nothing.
+    pub(super) form: Option<Form>,
     /// Its displacement, which is not part of what is known.
     displacement: Displacement,
     /// Bytes in front of that.
@@ -79,6 +101,10 @@ impl Known {
             Class::Divide => (0, info.flags_read),
             _ => (surely_changed(&insn, &info), info.flags_read),
         };
+        let numbers: [Option<u8>; 4] = std::array::from_fn(|i| operand_number(&insn, i as u32));
+        let homed = numbers.iter().flatten().filter(|&&n| is_homed(n)).count() as u8;
+        let high = info.narrow && has_high_byte(&insn);
+        let fixed = info.class == Class::Plain && homed == 0 && !high;
         Self {
             insn,
             info,
@@ -88,6 +114,10 @@ impl Known {
             changes,
             reads,
             transfers: insn.flow_control() != FlowControl::Next,
+            moved: numbers.iter().flatten().any(|&n| is_homed(n) || host(n) != n),
+            homed,
+            high,
+            form: if fixed { Form::of(text.as_slice(), &info, numbers.map(moved)) } else { None },
             displacement: Displacement::None,
             head: 0,
         }

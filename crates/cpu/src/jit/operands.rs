@@ -56,7 +56,7 @@ pub(super) fn host(n: u8) -> u8 {
 }
 
 /// The host's register for one of the guest's, if it is another.
-fn moved(n: Option<u8>) -> Option<u8> {
+pub(super) fn moved(n: Option<u8>) -> Option<u8> {
     n.filter(|&n| host(n) != n).map(host)
 }
 
@@ -229,7 +229,6 @@ impl Translator<'_> {
     pub(super) fn plain(&mut self, d: &Decoded) -> Option<()> {
         let (insn, info) = (&d.insn, &d.info);
         let memory = d.memory;
-        let bytes = d.text.as_slice();
         self.want_vectors(d.live_in, info);
         if info.x87.is_some() {
             self.want_x87(d.live_in);
@@ -255,15 +254,15 @@ impl Translator<'_> {
                 self.window = None;
             }
         }
-        let high = info.narrow && has_high_byte(insn);
-        let moved = (0..4).any(|i| operand_number(insn, i).is_some_and(|n| is_homed(n) || host(n) != n));
-        if memory.is_none() && !moved {
+        if memory.is_none() && !d.moved {
             let start = self.asm.code.len();
-            self.asm.bytes(bytes);
+            d.text.write(&mut self.asm);
             self.asm.one_since(start);
+        } else if let Some(form) = &d.form {
+            form.emit(&mut self.asm, &d.text, place.mem());
         } else {
-            let parts = encode::split(bytes, info)?;
-            self.rewritten(d, parts, memory.is_some(), high, place)?;
+            let parts = encode::split(d.text.as_slice(), info)?;
+            self.rewritten(d, parts, memory.is_some(), d.high, place)?;
         }
         if info.flags_changed != 0 {
             (self.in_host, self.in_memory) = (true, false);
