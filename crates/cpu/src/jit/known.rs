@@ -53,7 +53,7 @@ impl Text {
 /// What is known of an instruction.
 #[derive(Clone, Copy)]
 pub(super) struct Known {
-    /// As it would be at the beginning of a page.
+    /// As it would be at the beginning of a page. An immediate of more than two bytes may be that of another one.
     pub(super) insn: Instruction,
     pub(super) info: Info,
     /// Its bytes, or those of another one that does the same.
@@ -172,11 +172,12 @@ const SLOTS: usize = 4096;
 struct Slot {
     /// The first bytes, to where they may differ.
     head: u64,
-    /// A short immediate and the [`Key`], and a bit that no other value has: none is known yet.
+    /// A short immediate, and the [`Key`] above it, or [`EMPTY`].
     rest: u32,
     known: Known,
 }
 
+/// Nothing is known yet: more bits than an immediate and a key have.
 const EMPTY: u32 = u32::MAX;
 
 /// The instructions that were met last.
