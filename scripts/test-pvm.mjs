@@ -13,7 +13,8 @@ import { Failure, main, run } from './lib/run.mjs'
 import { checkTools } from './lib/tools.mjs'
 import { extractKernel } from './lib/vmlinux.mjs'
 
-const MARK = '<user mode>'
+/** What the first program leaves in RAX, as the kernel shows it when that program has ended. */
+const MARK = 'RAX: 00000000736b6570'
 /**
  * Every instruction of the kernel is interpreted by the host's kernel. So it starts unpacked, and does without what is not needed for a first
  * program: 0.33 billion instructions instead of 1.33 (`--accel software` counts them). XSAVE is not

@@ -10,7 +10,7 @@ use iced_x86::{Instruction, Register};
 use super::asm::{ABOVE, Asm, Forward, Mem, NOT_EQUAL, R8, R9, R10, R11, RBP};
 use super::glue::{BASE, STACK_DELTA, STACK_PAGE, home, segment_base, tlb_entry};
 use super::help::Wanted;
-use super::operands::{has_high_byte, has_small_address, host, is_homed, number, operand_number};
+use super::operands::{has_small_address, host, is_homed, number, operand_number};
 use super::stubs::{Find, Stub};
 use super::table::{Class, Info};
 use super::translate::{Decoded, Translator};
@@ -89,13 +89,14 @@ pub(super) struct Address {
 }
 
 impl Address {
-    fn of(insn: &Instruction) -> Option<Self> {
+    fn of(d: &Decoded) -> Option<Self> {
+        let insn = &d.insn;
         let (names, factor) = (names(insn), insn.memory_index_scale());
         let mut all = Self { base: None, index: None, scaled: None, added: None, disp: 0, names, factor };
         let mut base_field = None;
         match insn.memory_base() {
             Register::RIP => {
-                all.disp = i32::try_from(insn.ip_rel_memory_address() as i64).ok()?;
+                all.disp = i32::try_from(d.relative()).ok()?;
                 base_field = Some(BASE);
             }
             base => {
@@ -310,18 +311,18 @@ pub(super) fn written(insn: &Instruction, info: &Info) -> u16 {
 impl Translator<'_> {
     /// Where the memory operand lies. For [`Place::Linear`] and [`Place::Host`] its address is in R8 then, R9 and R10 are lost.
     /// Flags are lost. `expected`: what it is known to be good for.
-    pub(super) fn place(&mut self, insn: &Instruction, expected: Expected) -> Option<Place> {
+    pub(super) fn place(&mut self, d: &Decoded, expected: Expected) -> Option<Place> {
+        let insn = &d.insn;
         if self.small() {
             self.window = None;
-            return self.place_small(insn);
+            return self.place_small(d);
         }
-        let homed = |i: u32| operand_number(insn, i).is_some_and(is_homed);
         // Where many registers have to be loaded there is no room for the window.
-        let crowded = (0..4).filter(|&i| homed(i)).count() > 1;
+        let crowded = d.homed > 1;
         if !has_small_address(insn)
-            && !has_high_byte(insn)
+            && !d.high
             && !crowded
-            && let Some(address) = Address::of(insn)
+            && let Some(address) = Address::of(d)
         {
             match address.simple() {
                 Some((R11, disp)) => return Some(Place::Stack(disp)),
@@ -339,7 +340,7 @@ impl Translator<'_> {
             }
         }
         self.window = None;
-        self.address(insn)?;
+        self.address(d)?;
         Some(Place::Host)
     }
 

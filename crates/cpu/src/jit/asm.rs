@@ -72,6 +72,19 @@ impl Piece {
             self.byte_if(true, byte);
         }
     }
+
+    /// Bytes that are in one number already.
+    #[inline(always)]
+    pub(super) fn packed(&mut self, bytes: u32, len: u8) {
+        self.bytes |= u64::from(bytes) << (8 * self.len);
+        self.len += usize::from(len);
+    }
+
+    /// Some of the low bytes of a number.
+    #[inline(always)]
+    pub(super) fn of(bytes: u64, len: usize) -> Self {
+        Self { bytes, len }
+    }
 }
 
 /// Code that will stand at a known address.
@@ -123,6 +136,14 @@ impl Asm {
     #[inline(always)]
     pub(super) fn imm32(&mut self, value: u32) {
         self.code.extend_from_slice(&value.to_le_bytes());
+    }
+
+    /// The first of 16 bytes, by one store.
+    #[inline(always)]
+    pub(super) fn first_of(&mut self, bytes: &[u8; 16], len: usize) {
+        let end = self.code.len() + len;
+        self.code.extend_from_slice(bytes);
+        self.code.truncate(end);
     }
 
     /// One store for all of it: bytes behind its end do no harm.

@@ -2,6 +2,7 @@
 //! register holds.
 
 use super::asm::{Asm, Mem, Piece, R8, R9, RSI};
+use super::known::Text;
 use super::table::{Field, Info};
 
 /// An instruction's bytes, taken apart.
@@ -204,4 +205,96 @@ impl Parts<'_> {
             asm.mov(RSI, R9);
         }
     }
+}
+
+/// An instruction none of whose registers stays in memory, with other registers in its fields where they stand elsewhere: all
+/// of it but for where its memory operand is, and its immediate.
+#[derive(Clone, Copy)]
+pub(super) struct Form {
+    /// Prefixes, then the opcode, and how many bytes each has.
+    prefixes: u32,
+    opcode: u32,
+    prefixes_len: u8,
+    opcode_len: u8,
+    rex: u8,
+    /// There is a REX prefix whatever its bits are.
+    needs_rex: bool,
+    modrm: Option<u8>,
+    memory: bool,
+    /// Bytes of the immediate.
+    tail: u8,
+}
+
+impl Form {
+    /// `bytes` are the guest's, `registers` what stands for its operands.
+    pub(super) fn of(bytes: &[u8], info: &Info, registers: [Option<u8>; 4]) -> Option<Self> {
+        let parts = split(bytes, info)?;
+        if info.vex || parts.prefix_count > 3 {
+            return None;
+        }
+        let (mut rex, mut modrm, mut needs_rex) = (parts.rex, parts.modrm.unwrap_or(0), parts.rex != 0);
+        let (mut opcode, last) = (packed(parts.opcode), 8 * (parts.opcode.len() - 1));
+        for (&field, &register) in info.fields.iter().zip(&registers) {
+            let (Some(n), true) = (register, field != Field::None) else { continue };
+            needs_rex |= n > 3;
+            let low = n & 7;
+            match field {
+                Field::None | Field::Vvvv => {}
+                Field::Reg => (modrm, rex) = (modrm & 0xc7 | low << 3, rex & !4 | n >> 3 << 2),
+                Field::Rm => (modrm, rex) = (modrm & 0xf8 | low, rex & !1 | n >> 3),
+                Field::Opcode => {
+                    opcode = opcode & !(7 << last) | u32::from(low) << last;
+                    rex = rex & !1 | n >> 3;
+                }
+            }
+        }
+        Some(Self {
+            prefixes: packed(&parts.prefixes[..parts.prefix_count]),
+            opcode,
+            prefixes_len: parts.prefix_count as u8,
+            opcode_len: parts.opcode.len() as u8,
+            rex: rex & 0xf,
+            needs_rex,
+            modrm: parts.modrm.map(|_| modrm),
+            memory: parts.memory(),
+            tail: parts.tail.len() as u8,
+        })
+    }
+
+    /// Writes the instruction whose bytes for the guest are `text`.
+    pub(super) fn emit(&self, asm: &mut Asm, text: &Text, mem: Mem) {
+        let start = asm.code.len();
+        let mut rex = self.rex;
+        if self.memory {
+            let (base, index) = match mem {
+                Mem::Sum(base, index, _) => (base.unwrap_or(0), index.map_or(0, |i| i.0)),
+                Mem::At(base, _) => (base, 0),
+                Mem::Cpu(_) => (0, 0),
+            };
+            rex = rex & !3 | index >> 3 << 1 | base >> 3;
+        }
+        let mut head = Piece::new();
+        head.packed(self.prefixes, self.prefixes_len);
+        head.byte_if(rex != 0 || self.needs_rex, 0x40 | rex);
+        head.packed(self.opcode, self.opcode_len);
+        match self.modrm {
+            Some(modrm) if self.memory => {
+                asm.piece(head);
+                asm.operand(modrm >> 3 & 7, mem);
+            }
+            Some(modrm) => {
+                head.byte_if(true, modrm);
+                asm.piece(head);
+            }
+            None => asm.piece(head),
+        }
+        if self.tail != 0 {
+            asm.piece(text.tail(usize::from(self.tail)));
+        }
+        asm.one_since(start);
+    }
+}
+
+fn packed(bytes: &[u8]) -> u32 {
+    bytes.iter().rev().fold(0, |all, &byte| all << 8 | u32::from(byte))
 }

@@ -1,12 +1,11 @@
 //! Which status flags matter where, and where they are.
 
-use iced_x86::{Decoder, DecoderOptions, Instruction, Mnemonic, OpKind};
+use iced_x86::{Instruction, Mnemonic, OpKind};
 
 use super::PAGE;
 use super::glue::STATUS;
-use super::operands::memory_operand;
-use super::small;
-use super::table::{Class, Info, STATUS_FLAGS, Table};
+use super::known::{Instructions, LONGEST};
+use super::table::{Class, Info, STATUS_FLAGS};
 use super::translate::{Decoded, Request, Translator};
 
 /// Instructions looked at behind a jump to see whether flags are needed there.
@@ -15,18 +14,18 @@ pub(super) const FORESIGHT: usize = 6;
 const FORESEEN_BYTES: usize = 40;
 
 /// Works out backwards which flags matter where.
-pub(super) fn liveness(insns: &mut [Decoded], request: &Request<'_>, table: &mut Table) {
+pub(super) fn liveness(insns: &mut [Decoded], request: &Request<'_>, instructions: &mut Instructions) {
     let Some(last) = insns.last() else { return };
-    let mut live = if last.goes_on() { foresee(request, table, i64::from(last.end())) } else { 0 };
+    let mut live = if last.goes_on() { foresee(request, instructions, i64::from(last.end())) } else { 0 };
     for d in insns.iter_mut().rev() {
         match d.info.class {
-            Class::Jump | Class::Call => live = foresee(request, table, d.target()),
-            Class::Branch if live != STATUS_FLAGS => live |= foresee(request, table, d.target()),
+            Class::Jump | Class::Call => live = foresee(request, instructions, d.target()),
+            Class::Branch if live != STATUS_FLAGS => live |= foresee(request, instructions, d.target()),
             Class::Return | Class::JumpIndirect | Class::CallIndirect => live = STATUS_FLAGS,
             _ => {}
         }
         d.live_out = live;
-        live = live_before(&d.insn, &d.info, live);
+        live = d.live_before(live);
         d.live_in = live;
     }
 }
@@ -35,7 +34,7 @@ pub(super) fn liveness(insns: &mut [Decoded], request: &Request<'_>, table: &mut
 pub(super) fn loses_flags_first(insns: &[Decoded]) -> bool {
     for d in insns {
         match d.info.class {
-            Class::Plain if memory_operand(&d.insn).is_some() || d.info.vector || d.info.x87.is_some() => {
+            Class::Plain if d.memory.is_some() || d.info.vector || d.info.x87.is_some() => {
                 return true;
             }
             Class::Plain if d.info.flags_read | d.info.flags_changed != 0 => return false,
@@ -45,15 +44,6 @@ pub(super) fn loses_flags_first(insns: &[Decoded]) -> bool {
         }
     }
     true
-}
-
-/// Flags that matter in front of an instruction, given those behind it.
-pub(super) fn live_before(insn: &Instruction, info: &Info, live: u16) -> u16 {
-    if info.class == Class::Handler {
-        return STATUS_FLAGS;
-    }
-    let changed = if info.class == Class::Divide { 0 } else { surely_changed(insn, info) };
-    live & !changed | info.flags_read
 }
 
 /// The status flags of which nothing remains behind an instruction.
@@ -96,34 +86,24 @@ fn always_counts(insn: &Instruction, info: &Info) -> bool {
 }
 
 /// Flags that may be read at an offset of the page before they are written.
-pub(super) fn foresee(request: &Request<'_>, table: &mut Table, at: i64) -> u16 {
+pub(super) fn foresee(request: &Request<'_>, instructions: &mut Instructions, at: i64) -> u16 {
     if !(0..PAGE as i64).contains(&at) || !request.foresees {
         return STATUS_FLAGS;
     }
     if let Some(entry) = (request.known)(at as u16) {
         return entry.live;
     }
-    let mut bytes = [0; FORESEEN_BYTES];
-    let page = &mut bytes[..FORESEEN_BYTES.min(PAGE as usize - at as usize)];
-    (request.read)(at as usize, page);
-    let mut decoder = Decoder::with_ip(request.key.bits(), page, at as u64, DecoderOptions::NONE);
-    let (mut unwritten, mut needed) = (STATUS_FLAGS, 0);
+    let mut bytes = [0; FORESEEN_BYTES + LONGEST];
+    let len = FORESEEN_BYTES.min(PAGE as usize - at as usize);
+    (request.read)(at as usize, &mut bytes[..len]);
+    let (mut unwritten, mut needed, mut at) = (STATUS_FLAGS, 0, 0);
     for _ in 0..FORESIGHT {
-        if !decoder.can_decode() {
-            break;
-        }
-        let start = decoder.position();
-        let mut insn = Instruction::default();
-        decoder.decode_out(&mut insn);
-        if insn.is_invalid() {
-            break;
-        }
-        let its = &page[start..decoder.position()];
-        let (info, _) = small::look_up(&mut insn, its, request.key, table, request.cpuid);
-        needed |= live_before(&insn, &info, 0) & unwritten;
-        unwritten &= live_before(&insn, &info, STATUS_FLAGS);
-        let branch = matches!(info.class, Class::Branch);
-        if unwritten & !needed == 0 || branch || insn.flow_control() != iced_x86::FlowControl::Next {
+        let Some(first) = bytes[at..].first_chunk() else { break };
+        let Some(known) = instructions.alike(first, len - at, request.key, request.cpuid) else { break };
+        at += known.insn.len();
+        needed |= known.live_before(0) & unwritten;
+        unwritten &= known.live_before(STATUS_FLAGS);
+        if unwritten & !needed == 0 || known.transfers {
             break;
         }
     }

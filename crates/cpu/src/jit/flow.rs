@@ -168,7 +168,7 @@ impl Translator<'_> {
         if self.small() {
             self.indirect_target_small(d)?;
         } else if insn.op0_kind() == OpKind::Memory {
-            let place = self.place(insn, Expected::default())?;
+            let place = self.place(d, Expected::default())?;
             let wanted = self.wanted(d, 8, false);
             self.check(place, wanted, Expected::default());
             self.asm.load(R8, place.mem());

@@ -46,14 +46,15 @@ impl Cpu {
 
 impl Sight<'_> {
     /// The address of the memory operand.
-    fn address(&self, insn: &Instruction) -> Option<u64> {
+    fn address(&self, d: &Decoded) -> Option<u64> {
+        let insn = &d.insn;
         let of = |register: Register| match register {
             Register::None => Some(0),
             register => self.registers[usize::from(number(register)?)],
         };
         let offset = match insn.memory_base() {
             _ if has_small_address(insn) => return None,
-            Register::RIP => self.page.wrapping_add(insn.ip_rel_memory_address()),
+            Register::RIP => self.page.wrapping_add(d.relative() as u64),
             base => of(base)?.wrapping_add(insn.memory_displacement64()),
         };
         let index = of(insn.memory_index())?.wrapping_mul(u64::from(insn.memory_index_scale()));
@@ -66,14 +67,15 @@ impl Sight<'_> {
     }
 
     /// What an operand is, extended with zeros, and its size.
-    fn operand(&self, insn: &Instruction, i: u32) -> Option<(u64, usize)> {
+    fn operand(&self, d: &Decoded, i: u32) -> Option<(u64, usize)> {
+        let insn = &d.insn;
         let (value, size) = match insn.op_kind(i) {
             OpKind::Register => {
                 (self.registers[usize::from(operand_number(insn, i)?)]?, insn.op_register(i).size())
             }
             OpKind::Memory => {
                 let size = insn.memory_size().size();
-                (self.cpu.glimpse(self.address(insn)?, size)?, size)
+                (self.cpu.glimpse(self.address(d)?, size)?, size)
             }
             _ => (insn.try_immediate(i).ok()?, 8),
         };
@@ -81,14 +83,15 @@ impl Sight<'_> {
     }
 
     /// What an instruction puts into its first operand, if it is one of those that addresses are made by.
-    fn result(&self, insn: &Instruction) -> Option<u64> {
+    fn result(&self, d: &Decoded) -> Option<u64> {
         use Mnemonic as M;
-        let first = || self.operand(insn, 0).map(|o| o.0);
-        let second = || self.operand(insn, 1).map(|o| o.0);
+        let insn = &d.insn;
+        let first = || self.operand(d, 0).map(|o| o.0);
+        let second = || self.operand(d, 1).map(|o| o.0);
         let result = match insn.mnemonic() {
-            M::Lea => self.address(insn),
+            M::Lea => self.address(d),
             M::Mov | M::Movzx => second(),
-            M::Movsx | M::Movsxd => self.operand(insn, 1).map(|(value, size)| {
+            M::Movsx | M::Movsxd => self.operand(d, 1).map(|(value, size)| {
                 let unused = 64 - 8 * size.clamp(1, 8);
                 ((value << unused) as i64 >> unused) as u64
             }),
@@ -117,7 +120,7 @@ impl Sight<'_> {
             Class::Handler => !0,
             _ => written(&d.insn, &d.info),
         };
-        let result = self.result(&d.insn);
+        let result = self.result(d);
         for n in (0..16).filter(|n| changed >> n & 1 != 0) {
             self.registers[n] = None;
         }
@@ -138,7 +141,7 @@ pub(super) fn foresee_stretches(insns: &mut [Decoded], mut sight: Sight<'_>) {
             && !d.info.aligned
             && d.insn.memory_base() != Register::RSP
         {
-            d.expected.stretch = sight.address(&d.insn).and_then(|address| sight.cpu.tlb.stretch(address));
+            d.expected.stretch = sight.address(d).and_then(|address| sight.cpu.tlb.stretch(address));
         }
         sight.pass(d);
     }

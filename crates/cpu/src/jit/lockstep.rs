@@ -99,15 +99,13 @@ impl Text {
                 at: d.at,
                 live_in: d.live_in,
                 live_out: d.live_out,
-                ends: d.transfers(),
+                ends: d.transfers,
                 branch: d.info.class == table::Class::Branch,
                 name: format!("[{}] {:?}", bytes.join(" "), d.insn.code()),
             }
         };
         let jumps_nowhere = |(i, d): (usize, &Decoded)| {
-            i != last
-                && d.info.class == table::Class::Branch
-                && d.insn.near_branch_target() == u64::from(d.end())
+            i != last && d.info.class == table::Class::Branch && d.target() == i64::from(d.end())
         };
         Self {
             insns: insns.iter().map(piece).collect(),

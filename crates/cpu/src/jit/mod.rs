@@ -2,7 +2,7 @@
 //! stay what they are but for their operands.
 //!
 //! * [`run`] finds code for where the processor is, or has it made, and enters it;
-//! * [`translate`] makes code of decoded instructions, by what [`table`] knows of them: their [`operands`], what they [`access`] in
+//! * [`translate`] makes code of decoded instructions, by what [`table`] says of their codes and [`known`] of them: their [`operands`], what they [`access`] in
 //!   memory, the [`stack`], repeated [`strings`], their [`flags`], the [`flow`] of control, and the [`stubs`] out of its way;
 //!   [`encode`] puts other operands into an instruction, [`asm`] writes our own;
 //! * [`linear`] is how a kernel's reads do without translations;
@@ -29,6 +29,8 @@ mod flags;
 mod flow;
 mod glue;
 mod help;
+mod known;
+mod length;
 mod linear;
 mod lockstep;
 mod memory;
@@ -50,10 +52,10 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use evict::{Evicted, Links};
 use glue::Glue;
+use known::Instructions;
 pub(crate) use lockstep::Lockstep;
 use memory::CodeMemory;
 use skep_memory::GuestMemory;
-use table::Table;
 use translate::{Entry, MAX_INSTRUCTIONS};
 
 use crate::block::Mix;
@@ -271,7 +273,7 @@ impl PageCode {
 pub(crate) struct Jit {
     memory: CodeMemory,
     glue: Glue,
-    table: Table,
+    instructions: Instructions,
     jumps: Box<[Jump]>,
     blocks: HashMap<u64, Entry, BuildHasherDefault<Mix>>,
     pages: HashMap<usize, PageCode, BuildHasherDefault<Mix>>,
@@ -328,7 +330,7 @@ impl Jit {
         Ok(Self {
             memory,
             glue,
-            table: Table::new(),
+            instructions: Instructions::new(),
             jumps: vec![NO_JUMP; JUMPS].into_boxed_slice(),
             blocks: HashMap::default(),
             pages: HashMap::default(),

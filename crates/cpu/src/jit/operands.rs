@@ -2,11 +2,9 @@
 
 use iced_x86::{Instruction, OpKind, Register};
 
-use super::Key;
 use super::access::Place;
 use super::asm::{BELOW, Mem, R8, R9, R10, R11, R15, RSP};
 use super::encode::{self, Parts};
-use super::flags::surely_changed;
 use super::glue::{BASE, VECTORS, home, segment_base};
 use super::help::Wanted;
 use super::strings;
@@ -14,6 +12,7 @@ use super::stubs::Stub;
 use super::table::{Class, Field, Info};
 use super::translate::{Decoded, Translator};
 use super::vectors::{LOW_VECTORS, MORE_VECTORS, WHOLE_VECTORS};
+use super::{Key, PAGE};
 use crate::cpu::seg;
 
 /// Numbers of general registers by iced's names, whatever part of them is named, and [`NO_NUMBER`] for all others.
@@ -57,7 +56,7 @@ pub(super) fn host(n: u8) -> u8 {
 }
 
 /// The host's register for one of the guest's, if it is another.
-fn moved(n: Option<u8>) -> Option<u8> {
+pub(super) fn moved(n: Option<u8>) -> Option<u8> {
     n.filter(|&n| host(n) != n).map(host)
 }
 
@@ -105,7 +104,11 @@ pub(super) fn needs_handler(insn: &Instruction, info: &Info, key: Key) -> bool {
     let odd = memory
         && match insn.memory_base() {
             Register::EIP => true,
-            Register::RIP => far(insn.ip_rel_memory_address()),
+            // Wherever in its page the instruction stands.
+            Register::RIP => {
+                let at = insn.ip_rel_memory_address();
+                far(at) || far(at.wrapping_add(PAGE))
+            }
             _ => far(insn.memory_displacement64()) && !has_small_address(insn),
         };
     match info.class {
@@ -139,10 +142,11 @@ pub(super) fn needs_handler(insn: &Instruction, info: &Info, key: Key) -> bool {
 impl Translator<'_> {
     /// Puts the effective address of the memory operand, segment base included, into R8. R9 and R10 are lost. `None`: not
     /// an address that code can be made for.
-    pub(super) fn address(&mut self, insn: &Instruction) -> Option<()> {
+    pub(super) fn address(&mut self, d: &Decoded) -> Option<()> {
+        let insn = &d.insn;
         match insn.memory_base() {
             Register::RIP => {
-                let at = insn.ip_rel_memory_address() as i64;
+                let at = d.relative();
                 self.asm.load(R8, BASE);
                 self.asm.add_to_r8(at);
             }
@@ -156,7 +160,7 @@ impl Translator<'_> {
         };
         self.asm.load(R9, segment_base(segment));
         if self.small() {
-            self.add_base_small(insn);
+            self.add_base_small(d);
             return Some(());
         }
         self.asm.lea(R8, Mem::Sum(Some(R8), Some((R9, 0)), 0));
@@ -225,7 +229,6 @@ impl Translator<'_> {
     pub(super) fn plain(&mut self, d: &Decoded) -> Option<()> {
         let (insn, info) = (&d.insn, &d.info);
         let memory = d.memory;
-        let bytes = d.text.as_deref().unwrap_or(&self.request.page[d.at as usize..d.end() as usize]);
         self.want_vectors(d.live_in, info);
         if info.x87.is_some() {
             self.want_x87(d.live_in);
@@ -236,7 +239,7 @@ impl Translator<'_> {
             let size = insn.memory_size().size();
             let aligned = info.aligned || insn.mnemonic() == iced_x86::Mnemonic::Cmpxchg16b;
             self.lose_flags(d.live_in, R10);
-            place = self.place(insn, d.expected)?;
+            place = self.place(d, d.expected)?;
             let wanted = self
                 .wanted(d, size, write)
                 .aligned(aligned && size.is_power_of_two())
@@ -244,22 +247,22 @@ impl Translator<'_> {
             self.check(place, wanted, d.expected);
         }
         // The flags that it reads, and those that it leaves alone.
-        let keeps = || info.flags_changed != 0 && d.live_out & !surely_changed(insn, info) != 0;
+        let keeps = || info.flags_changed != 0 && d.live_out & !d.changes != 0;
         if info.flags_read != 0 || keeps() {
             let scratch = place.scratch().last().copied().unwrap_or(R9);
             if self.want_flags(scratch) && scratch != R10 {
                 self.window = None;
             }
         }
-        let high = info.narrow && has_high_byte(insn);
-        let moved = (0..4).any(|i| operand_number(insn, i).is_some_and(|n| is_homed(n) || host(n) != n));
-        if memory.is_none() && !moved {
+        if memory.is_none() && !d.moved {
             let start = self.asm.code.len();
-            self.asm.bytes(bytes);
+            d.text.write(&mut self.asm);
             self.asm.one_since(start);
+        } else if let Some(form) = &d.form {
+            form.emit(&mut self.asm, &d.text, place.mem());
         } else {
-            let parts = encode::split(bytes, info)?;
-            self.rewritten(d, parts, memory.is_some(), high, place)?;
+            let parts = encode::split(d.text.as_slice(), info)?;
+            self.rewritten(d, parts, memory.is_some(), d.high, place)?;
         }
         if info.flags_changed != 0 {
             (self.in_host, self.in_memory) = (true, false);
@@ -376,7 +379,7 @@ impl Translator<'_> {
         let to = if is_homed(n) { R10 } else { host(n) };
         if insn.memory_base() == Register::RIP {
             self.asm.load(R10, BASE);
-            let disp = i32::try_from(insn.ip_rel_memory_address() as i64).ok()?;
+            let disp = i32::try_from(d.relative()).ok()?;
             self.asm.mem(&[], wide, &[0x8d], to, Mem::At(R10, disp));
         } else {
             self.sum(to, insn, wide)?;

@@ -5,6 +5,8 @@ use std::arch::asm;
 use std::cell::Cell;
 use std::sync::atomic::Ordering;
 
+use iced_x86::{Decoder, DecoderOptions};
+
 use super::evict::OpenLink;
 use super::translate::{self, Request, Source};
 use super::{ENOUGH_BYTES, Found, Jit, Jump, Key, NO_LINK, Ops, Origin, PAGE, RESERVE, dump, table};
@@ -199,7 +201,7 @@ impl Cpu {
                 crate::decode::copy_code(&first, begin, &mut bytes[begin..end]);
                 let cpuid = &self.shared.cpuid;
                 let source = Source { page: bytes, len: end, key, most, on, known: &known, cpuid };
-                translate::decode(&source, at, &mut jit.table, insns);
+                translate::decode(&source, at, &mut jit.instructions, insns);
                 let decoded = insns.last().map_or(begin, |last| last.end() as usize);
                 if end == PAGE as usize || decoded + 15 <= end {
                     break;
@@ -218,7 +220,7 @@ impl Cpu {
                 crate::decode::copy_code(&page, 0, &mut bytes[PAGE as usize..]);
                 let (len, cpuid) = (bytes.len(), &self.shared.cpuid);
                 let source = Source { page: bytes, len, key, most: 1, on, known: &known, cpuid };
-                translate::decode(&source, at, &mut jit.table, insns);
+                translate::decode(&source, at, &mut jit.instructions, insns);
                 second = Some(page);
             }
             if jit.repeatable {
@@ -246,7 +248,6 @@ impl Cpu {
                 crate::decode::copy_code(&first, at, into);
             };
             let request = Request {
-                page: bytes,
                 key,
                 glue: jit.glue,
                 first_link: jit.links.next(),
@@ -259,7 +260,8 @@ impl Cpu {
             };
             let origin = jit.memory.next();
             let aside = |len| jit.memory.next_aside(len);
-            let entry = translate::translate(origin, aside, request, insns, &ops, &mut jit.table, made);
+            let entry =
+                translate::translate(origin, aside, request, insns, &ops, &mut jit.instructions, made);
             let Some(entry) = entry else { return Ok(None) };
             if stale.get() {
                 continue;
@@ -309,13 +311,17 @@ impl Cpu {
         if !insns.iter().any(has_handler) {
             return Vec::new();
         }
+        let bits = self.mode.code.bits();
         insns
             .iter()
             .map(|d| {
                 if !has_handler(d) {
                     return None;
                 }
-                let op = Box::new(self.operation(&d.insn, &page[d.at as usize..], d.at as usize));
+                let at = usize::from(d.at);
+                let its = &page[at..usize::from(d.end())];
+                let insn = Decoder::with_ip(bits, its, at as u64, DecoderOptions::NONE).decode();
+                let op = Box::new(self.operation(&insn, &page[at..], at));
                 let at: *const Op = &raw const *op;
                 ops.push_back(op);
                 Some(at)

@@ -17,6 +17,7 @@ use super::access::{Expected, Place};
 use super::asm::{Asm, Mem, NOT_EQUAL, R8, R9, R11, RBP};
 use super::glue::{BASE, TEMP};
 use super::help::Wanted;
+use super::known::Text;
 use super::operands::{self, host, memory_operand, number};
 use super::stack::Pushed;
 use super::stubs::Find;
@@ -24,9 +25,6 @@ use super::table::{Class, Info, Table};
 use super::translate::{Decoded, Translator};
 use crate::cpu::{Cpu, seg};
 use crate::system::access;
-
-/// Bytes of an instruction, where they are not those in memory.
-pub(super) type Text = Option<Box<[u8]>>;
 
 impl Cpu {
     /// Whether no segment check can fail in 32-bit code, and only FS and GS have a base.
@@ -60,46 +58,32 @@ fn is_plain_data(segment: &Segment) -> bool {
     segment.access & LOOKED_AT == access::RW
 }
 
-/// What is known of an instruction, whose bytes `bytes` are. In 32-bit code it may become another one that does the same, as
-/// long as it was: then its bytes come along.
-#[inline(always)]
+/// What follows from an instruction's code and operands. In 32-bit code it may become another one that does the same, as long
+/// as it was: then `text` becomes its bytes.
 pub(super) fn look_up(
     insn: &mut Instruction,
-    bytes: &[u8],
+    text: &mut Text,
     key: Key,
     table: &mut Table,
     cpuid: &CpuidTable,
-) -> (Info, Text) {
-    if key.small() {
-        return look_up_small(insn, bytes, key, table, cpuid);
+) -> Info {
+    if key.small()
+        && let Some(other) = substitute(insn, text.as_slice())
+    {
+        *text = other;
     }
-    let mut info = *table.get(insn, cpuid);
-    if operands::needs_handler(insn, &info, key) {
-        info.class = Class::Handler;
-    }
-    (info, None)
-}
-
-fn look_up_small(
-    insn: &mut Instruction,
-    bytes: &[u8],
-    key: Key,
-    table: &mut Table,
-    cpuid: &CpuidTable,
-) -> (Info, Text) {
-    let text = substitute(insn, bytes);
     let mut info = *table.get(insn, cpuid);
     if operands::needs_handler(insn, &info, key)
-        || needs_handler(insn, &info, text.as_deref().unwrap_or(bytes), key)
+        || key.small() && needs_handler(insn, &info, text.as_slice(), key)
     {
         info.class = Class::Handler;
     }
-    (info, text)
+    info
 }
 
 /// INC and DEC of one byte, which are REX prefixes in 64-bit code, and MOV with an absolute address, which has 64 bits
 /// there, become their longer forms.
-fn substitute(insn: &mut Instruction, bytes: &[u8]) -> Text {
+fn substitute(insn: &mut Instruction, bytes: &[u8]) -> Option<Text> {
     let tail: &[u8] = match insn.code() {
         Code::Inc_r16 | Code::Inc_r32 => &[0xff, 0xc0 | insn.op0_register().number() as u8],
         Code::Dec_r16 | Code::Dec_r32 => &[0xff, 0xc8 | insn.op0_register().number() as u8],
@@ -122,7 +106,7 @@ fn substitute(insn: &mut Instruction, bytes: &[u8]) -> Text {
     }
     other.set_len(insn.len());
     *insn = other;
-    Some(text.into())
+    Text::new(&text)
 }
 
 /// Whether the interpreter's handler is to run an instruction of 32-bit code that could be translated in 64-bit code.
@@ -186,15 +170,17 @@ impl Translator<'_> {
     }
 
     /// Where a memory operand of 32-bit code lies.
-    pub(super) fn place_small(&mut self, insn: &Instruction) -> Option<Place> {
-        self.address(insn)?;
+    pub(super) fn place_small(&mut self, d: &Decoded) -> Option<Place> {
+        let insn = &d.insn;
+        self.address(d)?;
         let based = matches!(insn.memory_segment(), Register::FS | Register::GS);
         let on_stack = insn.memory_base() == Register::ESP && insn.memory_index() == Register::None;
         Some(if on_stack && !based { Place::Top } else { Place::Host })
     }
 
     /// Adds the base of FS or GS, which is in R9, to the offset in R8. R10 is lost.
-    pub(super) fn add_base_small(&mut self, insn: &Instruction) {
+    pub(super) fn add_base_small(&mut self, d: &Decoded) {
+        let insn = &d.insn;
         let size = insn.memory_size().size().max(1) as i32;
         let absolute = insn.memory_base() == Register::None && insn.memory_index() == Register::None;
         if size > 1 && !absolute {
@@ -202,7 +188,7 @@ impl Translator<'_> {
             self.asm.lea(super::asm::R10, Mem::At(R8, size - 1));
             self.asm.bytes(&[0x49, 0xc1, 0xea, 32]); // shr r10, 32
             let from = self.asm.jcc_forward(NOT_EQUAL);
-            let wanted = Wanted::new(insn.ip() as u16, insn.len() as u8, 0, false);
+            let wanted = Wanted::new(d.at, insn.len() as u8, 0, false);
             self.miss([Some(from), None], Place::Linear, wanted, Find::Access);
         }
         self.asm.lea32(R8, Mem::Sum(Some(R8), Some((R9, 0)), 0));
@@ -266,7 +252,7 @@ impl Translator<'_> {
     pub(super) fn indirect_target_small(&mut self, d: &Decoded) -> Option<()> {
         let insn = &d.insn;
         if insn.op0_kind() == OpKind::Memory {
-            let place = self.place(insn, Expected::default())?;
+            let place = self.place(d, Expected::default())?;
             let wanted = self.wanted(d, 4, false);
             self.check(place, wanted, Expected::default());
             self.asm.load32(R8, place.mem());

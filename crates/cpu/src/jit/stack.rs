@@ -182,7 +182,7 @@ impl Translator<'_> {
             }
             OpKind::Memory => {
                 self.lose_flags(d.live_in, R9);
-                let place = self.place(insn, Expected::default())?;
+                let place = self.place(d, Expected::default())?;
                 let word = self.request.key.word();
                 let wanted = self.wanted(d, word, false);
                 self.check(place, wanted, Expected::default());

@@ -66,18 +66,31 @@ fn help_with_access(a: &mut Asm, place: Place, wanted: Wanted, routine: u64, (re
         Place::Stack(disp) => a.lea(R8, Mem::At(R11, disp)),
         Place::None | Place::Linear | Place::Host | Place::Top => {}
     }
-    a.mov_imm32(R9, wanted.0);
-    a.call(routine);
+    // What completes the instruction comes back five bytes further.
     if let Place::Stack(_) = place {
-        // What completes the instruction comes back five bytes further.
-        let found = a.jmp_forward();
+        let found = a.here() + ASKED as u64 + JUMP as u64;
+        a.ask(wanted.0, routine, found);
         a.jmp(done);
-        a.land(found);
         a.mov(R10, R8);
         a.jmp(resume);
     } else {
-        a.jmp(resume);
+        a.ask(wanted.0, routine, resume);
         a.jmp(done);
+    }
+}
+
+/// Bytes of a jump, and of what asks for help.
+const JUMP: usize = 5;
+const ASKED: usize = 16;
+
+impl Asm {
+    /// `mov r9d, wanted; call routine; jmp next`, which are 16 bytes together.
+    fn ask(&mut self, wanted: u32, routine: u64, next: u64) {
+        let end = self.here() + ASKED as u64;
+        let (called, left) = (routine.wrapping_sub(end - JUMP as u64) as u32, next.wrapping_sub(end) as u32);
+        let low = 0xb941 | u64::from(wanted) << 16 | 0xe8 << 48;
+        let all = u128::from(low) | u128::from(called) << 56 | 0xe9 << 88 | u128::from(left) << 96;
+        self.bytes(&all.to_le_bytes());
     }
 }
 

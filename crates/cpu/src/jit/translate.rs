@@ -4,20 +4,22 @@
 //! translator. Status flags stay in the host's where nothing of ours has to change them; where something has, and they may
 //! still be read, they are put into memory first. `docs/software-cpu.md` describes all of it.
 
-use iced_x86::{Decoder, DecoderOptions, Instruction, OpKind};
+use std::ops::Deref;
+
+use iced_x86::OpKind;
 use skep_hv::cpuid::CpuidTable;
 
-use super::access::{Expected, Window, foresee_accesses, replaced};
+use super::access::{Expected, Window, foresee_accesses};
 use super::asm::{Asm, BELOW, Mem, NOT_EQUAL, R8, R9, R10, RAX, RDX};
 use super::flags::{liveness, loses_flags_first, poll_position};
 use super::flow::condition;
 use super::glue::{Glue, RIP, STATUS, home};
+use super::known::{Instructions, Known};
 use super::linear::{Sight, foresee_stretches};
-use super::operands::{host, is_homed, memory_operand, number};
-use super::small::{self, Text};
+use super::operands::{host, is_homed, number};
 use super::stack::{Later, Run};
 use super::stubs::Stub;
-use super::table::{Class, Info, STATUS_FLAGS, Table};
+use super::table::{Class, STATUS_FLAGS};
 use super::{Key, PAGE};
 use crate::op::Op;
 
@@ -46,40 +48,32 @@ impl Default for Room {
     }
 }
 
-/// One decoded instruction.
+/// One instruction of a block.
 pub(super) struct Decoded {
-    pub(super) insn: Instruction,
+    known: Known,
     /// Offset in the page.
     pub(super) at: u16,
-    pub(super) text: Text,
-    pub(super) info: Info,
     /// Status flags that may be read before they are written again: in front of it, and behind.
     pub(super) live_in: u16,
     pub(super) live_out: u16,
     /// Where its code begins in the block's.
     pub(super) code_at: usize,
-    /// Its operand in memory.
-    pub(super) memory: Option<u32>,
-    /// The guest's registers into which it puts something quite else, by bit.
-    pub(super) replaced: u16,
     /// What is foreseen of the page that it lies in.
     pub(super) expected: Expected,
 }
 
+impl Deref for Decoded {
+    type Target = Known;
+
+    fn deref(&self) -> &Known {
+        &self.known
+    }
+}
+
 impl Decoded {
-    fn blank(at: u16) -> Self {
-        Self {
-            insn: Instruction::default(),
-            at,
-            text: None,
-            info: Info::HANDLER,
-            live_in: 0,
-            live_out: 0,
-            code_at: 0,
-            memory: None,
-            replaced: 0,
-            expected: Expected::default(),
-        }
+    #[inline(always)]
+    fn new(known: &Known, at: u16) -> Self {
+        Self { known: *known, at, live_in: 0, live_out: 0, code_at: 0, expected: Expected::default() }
     }
 
     pub(super) fn end(&self) -> u16 {
@@ -88,20 +82,24 @@ impl Decoded {
 
     /// Where a direct transfer leads, from the beginning of the page.
     pub(super) fn target(&self) -> i64 {
-        let target = self.insn.near_branch_target();
+        let (target, at) = (self.insn.near_branch_target(), i64::from(self.at));
         // What wraps at 32 bits is the same in front of the page as behind it.
-        if self.insn.op0_kind() == OpKind::NearBranch32 { i64::from(target as i32) } else { target as i64 }
+        if self.insn.op0_kind() == OpKind::NearBranch32 {
+            i64::from((target as i32).wrapping_add(at as i32))
+        } else {
+            (target as i64).wrapping_add(at)
+        }
     }
 
-    /// Control goes elsewhere, always or at times.
-    pub(super) fn transfers(&self) -> bool {
-        self.insn.flow_control() != iced_x86::FlowControl::Next
+    /// Where memory lies that it names relative to itself, from the beginning of the page.
+    pub(super) fn relative(&self) -> i64 {
+        (self.insn.ip_rel_memory_address() as i64).wrapping_add(i64::from(self.at))
     }
 
     /// What follows may be reached from here.
     pub(super) fn goes_on(&self) -> bool {
         matches!(self.info.class, Class::Branch | Class::Call | Class::CallIndirect | Class::Handler)
-            || !self.transfers()
+            || !self.transfers
     }
 
     /// It may be part of a loop.
@@ -130,27 +128,23 @@ pub(super) struct Source<'a> {
 }
 
 /// Decodes from `at` to the end of a block, which stays on the page. What `all` holds is lost.
-pub(super) fn decode(source: &Source<'_>, at: u16, table: &mut Table, all: &mut Vec<Decoded>) {
+pub(super) fn decode(source: &Source<'_>, at: u16, instructions: &mut Instructions, all: &mut Vec<Decoded>) {
     let Source { page, len, key, most, cpuid, .. } = *source;
-    let bytes = &page[at as usize..len];
-    let mut decoder = Decoder::with_ip(key.bits(), bytes, u64::from(at), DecoderOptions::NONE);
+    let mut at = at;
     all.clear();
-    while all.len() < most.min(MAX_INSTRUCTIONS) && decoder.can_decode() {
-        let at = decoder.ip() as u16;
-        all.push(Decoded::blank(at));
-        let Some(last) = all.last_mut() else { break };
-        // Where it stays: to copy it now, processors would wait for what the decoder has just written in pieces.
-        decoder.decode_out(&mut last.insn);
-        if last.insn.is_invalid() {
-            // Too few bytes are left, or it raises #UD: the interpreter knows.
-            all.pop();
+    while all.len() < most.min(MAX_INSTRUCTIONS) {
+        // Behind the page there is room for one instruction more.
+        let (Some(first), Some(left)) =
+            (page[usize::from(at)..].first_chunk(), len.checked_sub(usize::from(at)))
+        else {
             break;
-        }
-        let its = &page[at as usize..at as usize + last.insn.len()];
-        (last.info, last.text) = small::look_up(&mut last.insn, its, key, table, cpuid);
-        last.memory = memory_operand(&last.insn);
-        last.replaced = replaced(&last.insn, &last.info);
-        if last.transfers() {
+        };
+        let Some(known) = instructions.alike(first, left, key, cpuid) else { break };
+        all.push(Decoded::new(known, at));
+        let Some(last) = all.last_mut() else { break };
+        last.known.become_one(first);
+        at = last.end();
+        if last.transfers {
             let end = last.end();
             let further = source.on
                 && last.info.class != Class::Handler
@@ -191,7 +185,6 @@ pub(super) struct Entry {
 
 /// What the translator is told.
 pub(super) struct Request<'a> {
-    pub(super) page: &'a Page,
     pub(super) key: Key,
     pub(super) glue: Glue,
     /// Number of the first link that will be made.
@@ -254,11 +247,11 @@ pub(super) fn translate(
     mut request: Request<'_>,
     insns: &mut [Decoded],
     ops: &[Option<*const Op>],
-    table: &mut Table,
+    instructions: &mut Instructions,
     made: &mut Made,
 ) -> Option<Entry> {
     let start = insns.first()?.at;
-    liveness(insns, &request, table);
+    liveness(insns, &request, instructions);
     foresee_accesses(insns);
     if let Some(sight) = request.sight.take() {
         foresee_stretches(insns, sight);
@@ -420,7 +413,7 @@ impl Translator<'_> {
         let signed = insn.mnemonic() == iced_x86::Mnemonic::Idiv;
         self.lose_flags(d.live_in, R9);
         if insn.op0_kind() == OpKind::Memory {
-            let place = self.place(insn, Expected::default())?;
+            let place = self.place(d, Expected::default())?;
             let wanted = self.wanted(d, if wide { 8 } else { 4 }, false);
             self.check(place, wanted, Expected::default());
             self.asm.mem(&[], wide, &[0x8b], R9, place.mem());

@@ -93,7 +93,7 @@ impl Translator<'_> {
     pub(super) fn load_control(&mut self, d: &Decoded, op: Option<*const Op>) -> Option<()> {
         self.want_x87(d.live_in);
         self.lose_flags(d.live_in, R10);
-        let place = self.place(&d.insn, Expected::default())?;
+        let place = self.place(d, Expected::default())?;
         let wanted = self.wanted(d, 2, false);
         self.check(place, wanted, Expected::default());
         let scratch = *place.scratch().last()?;
