@@ -26,6 +26,7 @@ Runs kernels and whole programs in a guest under Skep's software CPU, under QEMU
   --ms N            least milliseconds that each is measured for (300)
   --cpus N          vCPUs, and processors for native runs (1)
   --memory SIZE     guest memory (2G)
+  --cpu MODEL       processor that Skep's guest sees, as the option cpu of a machine (host)
   --engine NAME     engine of the software CPU: jit or interpreter (what Skep takes by itself)
   --skip-native     machines alone
   --skip-qemu       without QEMU
@@ -63,6 +64,7 @@ function options() {
         ms: { type: 'string' },
         cpus: { type: 'string', default: '1' },
         memory: { type: 'string', default: '2G' },
+        cpu: { type: 'string' },
         engine: { type: 'string' },
         'skip-native': { type: 'boolean', default: false },
         'skip-qemu': { type: 'boolean', default: false },
@@ -149,8 +151,9 @@ class Peer {
 }
 
 /** Skep's machine. */
-const configure = ({ cpus, memory, engine }, boot) => ({
+const configure = ({ cpus, memory, cpu, engine }, boot) => ({
   ...{ cpus, memory, accel: 'software', onReboot: 'exit', boot },
+  ...(cpu && { cpu }),
   ...(engine && { engine }),
 })
 
